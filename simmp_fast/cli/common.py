@@ -1,0 +1,122 @@
+"""What the commands share: the look of their help, common options, and how a trained network is found."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simmp_fast.config import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from simmp_fast.data.preprocess import Recipe
+    from simmp_fast.model import SimMPNet
+
+BACKENDS = ("auto", "reference", "portable", "triton")
+PRECISIONS = ("float32", "bfloat16")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults behind every option, examples left as they are written."""
+
+
+def add_command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    """A command's parser; `example` is shown under its options."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=summary, epilog=f"example:\n  {example}", formatter_class=_Help
+    )
+    return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Where the network comes from and how it runs."""
+    parser.add_argument(
+        "model",
+        type=Path,
+        help="a run folder (its best checkpoint, else its last), a checkpoint file, or a folder that convert wrote",
+    )
+    parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)", default=None)
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="operator backend")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="bfloat16 runs under autocast")
+    parser.add_argument("--batch-size", type=_positive, default=8, help="slices per forward pass")
+    parser.add_argument("--mirror", action="store_true", help="average over mirror images")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {number}, expected at least 1")
+    return number
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device `name`, or a GPU if there is one, else the CPU.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device: got {name!r}, which cannot be used here: {reason}") from None
+    return device
+
+
+def find_weights(source: Path) -> Path:
+    """The checkpoint file that `source` stands for.
+
+    Raises:
+        ConfigError: nothing there to load.
+    """
+    if source.is_file():
+        return source
+    for name in ("best.safetensors", "last.safetensors", "model.safetensors"):
+        if (source / name).is_file():
+            return source / name
+    if not source.exists():
+        raise ConfigError(f"{source}: no such file or folder, expected a run folder or a checkpoint")
+    raise ConfigError(
+        f"{source}: holds none of best.safetensors, last.safetensors and model.safetensors, expected a run folder, or "
+        "a folder that convert wrote"
+    )
+
+
+def load_network(source: Path, backend: str) -> tuple[SimMPNet, Path]:
+    """The network that `source` stands for, in evaluation mode, and the file it came from."""
+    from simmp_fast.model import SimMPNet
+    from simmp_fast.training import load_model
+
+    weights = find_weights(source)
+    if weights.name == "model.safetensors":
+        return SimMPNet.from_pretrained(weights.parent, backend=backend), weights
+    return load_model(weights, backend)[0], weights
+
+
+def load_recipe(weights: Path, given: Path | None) -> Recipe:
+    """How files become input for a network: ``data.json`` beside its weights, or the one given.
+
+    Raises:
+        ConfigError: there is none, or it cannot be used.
+    """
+    import json
+
+    from simmp_fast.config import from_mapping
+    from simmp_fast.data.preprocess import Recipe
+
+    path = given if given is not None else weights.parent / "data.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such file; name with --recipe the data.json of a run on the same kind of data: it says how "
+            "intensities are scaled, how volumes are sliced, and what the classes are called"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
+    return from_mapping(Recipe, content, str(path))

@@ -1,0 +1,43 @@
+"""``simmp-fast prepare``: from a data set to a checked, memory-mapped cache."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from simmp_fast.cli.common import add_command
+
+_EXAMPLE = """simmp-fast prepare demo --out cache/demo --image-size 128
+  simmp-fast prepare my_data.yaml --out cache/my_data
+
+a YAML file for your own folder of images and masks, NIfTI volumes or pictures:
+  name: my_data
+  classes: [background, lesion]
+  images: images              # a folder, or a pattern such as scans/*_t1.nii.gz
+  masks: masks                # files of the same names
+  mask_values: {0: 0, 255: 1} # optional: value in the mask to class
+  split: {validation: 0.2, test: 0.2}"""
+
+
+def register(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(commands, "prepare", "check a data set and write its cache", _EXAMPLE)
+    parser.add_argument("source", help="demo, or the YAML file that describes your data")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the cache")
+    parser.add_argument("--image-size", type=int, default=256, help="side of the network's square in pixels [S1]")
+    parser.add_argument("--force", action="store_true", help="replace a cache that is already there")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prepare and say what the cache holds."""
+    from simmp_fast.data import open_source, prepare
+
+    cache = prepare(open_source(arguments.source), arguments.out, arguments.image_size, force=arguments.force)
+    parts = ", ".join(
+        f"{name} {sum(cache.case(i).slices for i in ids)} slices of {len(ids)} cases"
+        for name, ids in cache.splits.items()
+    )
+    print(f"{cache.name}: {parts}; classes: {', '.join(cache.classes)}")
+    print(f"cache: {arguments.out}")

@@ -1,0 +1,140 @@
+"""The YAML file that describes your own data set."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from simmp_fast.config import ConfigError, from_mapping, read_yaml
+from simmp_fast.data.preprocess import Intensity, Recipe
+
+
+@dataclass(frozen=True)
+class Split:
+    """Shares of the cases; which case falls where depends only on its id and the seed.
+
+    Attributes:
+        train, validation, test: shares that add up to 1.
+        seed: another seed gives another split.
+    """
+
+    train: float = 0.7
+    validation: float = 0.1
+    test: float = 0.2
+    seed: int = 2222
+
+    def __post_init__(self) -> None:
+        for key in ("train", "validation", "test"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ConfigError(f"split.{key}: got {getattr(self, key)}, expected a share from 0 to 1")
+        total = self.train + self.validation + self.test
+        if abs(total - 1) > 1e-6 or self.train == 0:
+            raise ConfigError(f"split: got shares that add up to {total:g}, expected 1, with some for train")
+
+    def assign(self, ids: Sequence[str]) -> dict[str, list[str]]:
+        """Split case ids. Validation and test get at least one case each if their share is not 0.
+
+        Raises:
+            ConfigError: too few cases.
+        """
+
+        # By checksum and not by a random generator: the same with every version of every library.
+        def draw(case_id: str) -> str:
+            return hashlib.sha256(f"{self.seed}:{case_id}".encode()).hexdigest()
+
+        drawn = sorted(ids, key=draw)
+        validation = max(1, round(self.validation * len(ids))) if self.validation else 0
+        test = max(1, round(self.test * len(ids))) if self.test else 0
+        train = len(ids) - validation - test
+        if train < 1:
+            raise ConfigError(
+                f"split: got {len(ids)} cases, expected at least {validation + test + 1} for these shares"
+            )
+        return {
+            "train": sorted(drawn[:train]),
+            "validation": sorted(drawn[train : train + validation]),
+            "test": sorted(drawn[train + validation :]),
+        }
+
+
+@dataclass(frozen=True)
+class SplitIds:
+    """The split as explicit lists of case ids; a case in none of them is left out."""
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise ConfigError("split_ids.train: got an empty list, expected at least one id")
+        listed = (*self.train, *self.validation, *self.test)
+        twice = sorted({i for i in listed if listed.count(i) > 1})
+        if twice:
+            raise ConfigError(f"split_ids: got {', '.join(twice)} more than once, expected each id in one list")
+
+    def assign(self, ids: Sequence[str]) -> dict[str, list[str]]:
+        """The lists, if every id is one of `ids`; raises `ConfigError` otherwise."""
+        parts = {"train": list(self.train), "validation": list(self.validation), "test": list(self.test)}
+        for name, part in parts.items():
+            unknown = sorted(set(part) - set(ids))
+            if unknown:
+                raise ConfigError(f"split_ids.{name}: no such cases: {', '.join(unknown)}")
+        return parts
+
+
+@dataclass(frozen=True)
+class Description:
+    """Your own data set: the keys of its YAML file.
+
+    Attributes:
+        name: the data set's name.
+        classes: class names in the order of the labels, background first.
+        images: a folder, or a pattern such as ``scans/*_t1.nii.gz``; relative to the YAML file.
+        masks: likewise; None if every image file is npz or HDF5 with its own `label`.
+        image_suffix: what an image's name ends with before the extension; a case's id is the name without it.
+        mask_suffix: likewise for masks.
+        channels: 1 or 3; a grey image serves as three equal channels.
+        intensity: how values become 0..1; by default 0 to 255 for pictures, percentiles 0.5 to 99.5 for volumes.
+        slice_axis: "axial", "coronal" or "sagittal"; for NIfTI.
+        mask_values: value in the mask to class, such as ``{0: 0, 255: 1}``; by default the values are the classes.
+        split: shares of the cases.
+        split_ids: explicit lists of case ids instead.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    images: str = "images"
+    masks: str | None = "masks"
+    image_suffix: str = ""
+    mask_suffix: str = ""
+    channels: int = 1
+    intensity: Intensity | None = None
+    slice_axis: str = "axial"
+    mask_values: dict[int, int] | None = None
+    split: Split = field(default_factory=Split)
+    split_ids: SplitIds | None = None
+
+    def __post_init__(self) -> None:
+        # The recipe has the checks of what the two share.
+        Recipe(self.name, self.classes, self.channels, 1, Intensity("range", 0, 1), self.slice_axis)
+        for value, label in (self.mask_values or {}).items():
+            if not 0 <= label < len(self.classes):
+                raise ConfigError(f"mask_values.{value}: got {label}, expected 0 to {len(self.classes) - 1}")
+        if self.split_ids is not None and self.split != Split():
+            raise ConfigError("split_ids: got split as well, expected one of the two")
+
+
+def read_description(path: str | Path) -> Description:
+    """Read and check the YAML file of a data set.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key, a wrong type or value; names the file and the key.
+    """
+    mapping = read_yaml(path)
+    try:
+        return from_mapping(Description, mapping)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None

@@ -1,0 +1,143 @@
+"""Writing files and folders so that nothing half-written is ever seen, and their checksums."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from simmp_fast.data.errors import DataError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def _beside(path: Path) -> Path:
+    """A new hidden name in the folder of `path`; it ends as `path` does, so that writers see the same extension."""
+    return path.with_name(f".{uuid.uuid4().hex[:12]}-{path.name}")
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on the disk."""
+    if path.is_dir() and os.name != "posix":
+        return  # other systems cannot open a folder
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """A temporary path to write to, in the folder of `path` (made if it is missing).
+
+    When the block ends well the file is synced and renamed onto `path`; when it does not, `path` is as before and the
+    temporary file is gone.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder to fill, beside `path`.
+
+    When the block ends well its files are synced and it takes the place of `path` (a folder already there is replaced);
+    when it does not, `path` is as before and the temporary folder, and parents made for it, are gone.
+    """
+    path = Path(path).absolute()
+    made = [parent for parent in path.parents if not parent.exists()]
+    temporary = _beside(path)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
+            _sync(file)
+        _sync(temporary)
+        _take_place(temporary, path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def _take_place(new: Path, path: Path) -> None:
+    """Rename folder `new` to `path`; what was there is removed only once the new folder has its name."""
+    if not path.exists():
+        os.rename(new, path)
+        return
+    old = _beside(path)
+    os.rename(path, old)
+    try:
+        os.rename(new, path)
+    except BaseException:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """Turn an `OSError` of the block, such as a full disk, into a `DataError` that names `path`, what was written."""
+    try:
+        yield
+    except OSError as error:
+        reason = "the disk is full" if error.errno in _FULL else f"cannot be written ({error.strerror or error})"
+        raise DataError(f"{path}: {reason}; nothing was left behind") from error
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write `content` as indented JSON, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 checksum of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class HashingWriter:
+    """A new file that is written from front to back and whose checksum is known at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "xb")  # noqa: SIM115 - closed in __exit__
+        self._hash = hashlib.sha256()
+        self.bytes = 0
+
+    def __enter__(self) -> HashingWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def write(self, data: Any) -> int:
+        """Append a bytes-like object; returns its length in bytes."""
+        view = memoryview(data).cast("B")
+        self._file.write(view)
+        self._hash.update(view)
+        self.bytes += view.nbytes
+        return view.nbytes
+
+    def sha256(self) -> str:
+        """The checksum of all that was written so far."""
+        return self._hash.hexdigest()

@@ -1,0 +1,115 @@
+"""From a data set to a cache: everything is checked first, then written as a whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from simmp_fast.data.cache import Cache, CacheWriter, is_cache
+from simmp_fast.data.errors import DataError
+from simmp_fast.data.files import atomic_folder, disk_errors
+from simmp_fast.data.formats import Array
+from simmp_fast.data.preprocess import Recipe, network_input, normalised_slices, resize_label, to_slices
+from simmp_fast.data.sources import Source, SourceCase
+
+T = TypeVar("T")
+
+
+def prepare(
+    source: Source, out_folder: str | Path, image_size: int, force: bool = False, progress: bool = True
+) -> Cache:
+    """Check a data set and write its cache.
+
+    Images are uint8 if every image of the data set has 8-bit values, float16 otherwise.
+
+    Args:
+        source: the data set, from `open_source`.
+        out_folder: the cache's folder; it appears when it is complete, and not before.
+        image_size: side of the network's square in pixels [S1].
+        force: replace a cache that is already there.
+        progress: show progress bars where standard error is a terminal.
+
+    Raises:
+        DataError: bad files, every one named; `out_folder` is in the way, or cannot be written.
+        ConfigError: splits or settings that do not fit the data.
+    """
+    out = Path(out_folder)
+    _refuse_existing(out, force)
+    recipe = source.recipe(image_size)
+    found = check(source, recipe, progress)
+    splits = source.splits()
+    chosen = {case_id for ids in splits.values() for case_id in ids}
+    cases = [case for case in source.cases if case.id in chosen]
+    eight_bit = all(found[case.id][1] == np.uint8 for case in cases)
+    slices = sum(found[case.id][0] for case in cases)
+    dtype = "uint8" if eight_bit else "float16"
+    with disk_errors(out), atomic_folder(out) as folder, CacheWriter(folder, recipe, slices, dtype) as writer:
+        for case in _bar(cases, "writing", progress):
+            _write(case, recipe, writer)
+        writer.finish(splits)
+    return Cache.open(out)
+
+
+def check(source: Source, recipe: Recipe, progress: bool = True) -> dict[str, tuple[int, np.dtype]]:
+    """Read and check every file of a data set.
+
+    Returns:
+        for each case id, its number of slices and the dtype of its image.
+
+    Raises:
+        DataError: names every file that cannot be used, and why.
+    """
+    problems = list(source.problems)
+    first_with: dict[bytes, str] = {}
+    found = {}
+    for case in _bar(source.cases, "checking", progress):
+        try:
+            image, _ = case.load()
+            slices, _ = normalised_slices(image, recipe)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        found[case.id] = len(slices), image.array.dtype
+        first = first_with.setdefault(_content(image.array), case.source)
+        if first != case.source:
+            problems.append(f"{case.source}: holds the same image as {first}")
+    if problems:
+        raise DataError.listing(f"data set {source.name!r} cannot be prepared", problems)
+    return found
+
+
+def _write(case: SourceCase, recipe: Recipe, writer: CacheWriter) -> None:
+    image, label = case.load()
+    images, placed = network_input(image, recipe)
+    native = to_slices(label, placed)
+    small = resize_label(native, (recipe.image_size, recipe.image_size))
+    writer.add(case.id, case.source, images, small, native, placed)
+
+
+def _content(array: Array) -> bytes:
+    """Identifies the pixels, however the file holds them."""
+    shape = f"{array.dtype}{array.shape}".encode()
+    return hashlib.sha256(shape + np.ascontiguousarray(array).tobytes()).digest()
+
+
+def _refuse_existing(out: Path, force: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise DataError(f"{out}: is a file, expected a folder to write")
+    if is_cache(out):
+        if not force:
+            raise DataError(f"{out}: already holds a prepared cache; use force to replace it")
+    elif any(out.iterdir()):
+        raise DataError(f"{out}: the folder holds other files, expected a new or an empty one")
+
+
+def _bar(items: Sequence[T], what: str, progress: bool) -> Iterable[T]:
+    # disable=None: silent unless standard error is a terminal
+    bar: Iterable[T] = tqdm(items, desc=what, unit="case", disable=None if progress else True)
+    return bar

@@ -1,0 +1,151 @@
+"""A split of a prepared cache through a model: metrics at native size, and the cheap Dice used while training."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from tqdm import tqdm
+
+from simmp_fast.data.errors import DataError
+from simmp_fast.data.preprocess import resize_label
+from simmp_fast.evaluation.inference import Slice, segment
+from simmp_fast.evaluation.protocols import Protocol, get_protocol
+from simmp_fast.evaluation.report import Evaluation, Row
+
+if TYPE_CHECKING:
+    from simmp_fast.data.cache import Cache, Case
+
+
+def evaluate(
+    model: nn.Module,
+    cache: Cache,
+    split: str,
+    *,
+    protocol: str = "published",
+    batch_size: int = 8,
+    device: str | torch.device | None = None,
+    precision: str = "float32",
+    mirror: bool = False,
+    progress: bool = False,
+) -> Evaluation:
+    """Segment every case of a split and score it at its own size.
+
+    Label maps at S1 are brought to the native slice size by the nearest pixel and scored as a volume; a case of one
+    slice is scored as a picture, in two dimensions. The model's weights, state and training flags do not change.
+
+    Args:
+        model: returns a list of heads `[B, classes, S1, S1]`; moved to `device` if one is named.
+        cache: prepared cache.
+        split: one of the cache's splits.
+        protocol: "published" or "strict".
+        batch_size: slices per forward pass; slices of several cases share a batch.
+        device: None is where the model is.
+        precision: "float32" or "bfloat16" (autocast).
+        mirror: average over mirror images.
+        progress: show a bar on a terminal.
+
+    Raises:
+        DataError: an unknown or empty split, or a model of another number of classes.
+        ValueError: an unknown protocol or precision.
+    """
+    rule = get_protocol(protocol)
+    cases = _cases(cache, split)
+    slices = _progress(_slices(cases), sum(case.slices for case in cases), f"evaluate {split}", progress)
+    count = len(cache.classes)
+    rows: list[Row] = []
+    options: dict[str, Any] = {"batch_size": batch_size, "device": device, "precision": precision, "mirror": mirror}
+    with closing(segment(model, slices, count, **options)) as maps:
+        for case, predicted in _by_case(cases, maps):
+            rows += _score(case, predicted, cache.classes, rule)
+    return Evaluation(cache.name, split, rule, tuple(cache.classes), tuple(rows))
+
+
+def slice_dice(
+    model: nn.Module,
+    cache: Cache,
+    split: str,
+    *,
+    batch_size: int = 8,
+    device: str | torch.device | None = None,
+    precision: str = "float32",
+    progress: bool = False,
+) -> float:
+    """Mean foreground Dice of a split at network resolution: the validation metric of training.
+
+    For each case and class, `2 |P and T| / (|P| + |T|)` from pixel counts over all slices of the case at S1; a class
+    absent from prediction and truth is left out; mean over the classes of a case, then over the cases that have any.
+    No surface distances and no resizing, so it costs little more than the forward passes.
+
+    Args:
+        model, cache, split, batch_size, device, precision, progress: as in `evaluate`.
+
+    Returns:
+        0..1, or NaN where no case has foreground in prediction or truth.
+
+    Raises:
+        DataError: an unknown or empty split, or a model of another number of classes.
+    """
+    cases = _cases(cache, split)
+    slices = _progress(_slices(cases), sum(case.slices for case in cases), f"validate {split}", progress)
+    count = len(cache.classes)
+    means = []
+    options: dict[str, Any] = {"batch_size": batch_size, "device": device, "precision": precision}
+    with closing(segment(model, slices, count, **options)) as maps:
+        for case, predicted in _by_case(cases, maps):
+            confusion = _confusion(predicted, case.labels, count)
+            total = (confusion.sum(0) + confusion.sum(1))[1:]
+            present = total > 0
+            if present.any():
+                means.append(float((2 * confusion.diagonal()[1:][present] / total[present]).mean()))
+    return float(np.mean(means)) if means else float("nan")
+
+
+def _score(case: Case, predicted: NDArray[np.uint8], classes: Sequence[str], protocol: Protocol) -> list[Row]:
+    """The rows of one case from its label maps `[slices, S1, S1]`."""
+    truth = case.native_labels()
+    prediction = resize_label(predicted, truth.shape[1:])
+    spacing: Sequence[float] = case.spacing
+    if case.slices == 1:  # in three dimensions every pixel of a lone slice would lie on the surface
+        prediction, truth, spacing = prediction[0], truth[0], spacing[1:]
+    scores = protocol.score(prediction, truth, len(classes), spacing)
+    return [Row(case.id, label, classes[label], score) for label, score in enumerate(scores, start=1)]
+
+
+def _confusion(predicted: NDArray[np.uint8], truth: NDArray[np.uint8], count: int) -> NDArray[np.int64]:
+    """Pixels of each pair of true class (row) and predicted class (column), int64 `[count, count]`."""
+    confusion = np.zeros(count * count, np.int64)
+    for predicted_slice, true_slice in zip(predicted, truth, strict=True):
+        pairs = true_slice.astype(np.intp) * count + predicted_slice
+        confusion += np.bincount(pairs.ravel(), minlength=count * count)
+    return confusion.reshape(count, count)
+
+
+def _cases(cache: Cache, split: str) -> list[Case]:
+    if not cache.splits.get(split):
+        filled = ", ".join(name for name, ids in cache.splits.items() if ids)
+        raise DataError(f"split: got {split!r}, expected one of {cache.name!r} that holds cases: {filled}")
+    return [cache.case(name) for name in cache.splits[split]]
+
+
+def _slices(cases: Iterable[Case]) -> Iterator[Slice]:
+    for case in cases:
+        for index in range(case.slices):
+            yield case.image(index)
+
+
+def _by_case(cases: Iterable[Case], maps: Iterator[NDArray[np.uint8]]) -> Iterator[tuple[Case, NDArray[np.uint8]]]:
+    """Each case with its label maps `[slices, S1, S1]`, cut from the stream."""
+    for case in cases:
+        yield case, np.stack(list(itertools.islice(maps, case.slices)))
+
+
+def _progress(slices: Iterator[Slice], total: int, what: str, show: bool) -> Iterator[Slice]:
+    """The stream behind a progress bar; `disable=None` keeps tqdm quiet where the output is no terminal."""
+    return iter(tqdm(slices, desc=what, total=total, unit="slice", disable=None if show else True, leave=False))

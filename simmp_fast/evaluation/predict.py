@@ -1,0 +1,215 @@
+"""New files through a trained model: label maps with the geometry of their images, probabilities, overlays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from tqdm import tqdm
+
+from simmp_fast.data.errors import DataError
+from simmp_fast.data.formats import NIFTI, PICTURES, Volume, extension, read_image, stem
+from simmp_fast.data.preprocess import Geometry, Recipe, from_slices, network_input, resize_label, to_slices
+from simmp_fast.evaluation.inference import segment, segment_probabilities
+from simmp_fast.evaluation.label_files import write_label_map, write_probabilities
+from simmp_fast.pictures import Sample, save_overlays
+
+OVERLAY_SLICES = 4
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One image and the files it becomes; None for those not asked for."""
+
+    source: Path
+    labels: Path
+    probabilities: Path | None
+    overlay: Path | None
+
+    @property
+    def outputs(self) -> list[Path]:
+        return [path for path in (self.labels, self.probabilities, self.overlay) if path is not None]
+
+
+def predict(
+    model: nn.Module,
+    description: Recipe,
+    input_path: str | Path,
+    output_path: str | Path,
+    *,
+    mirror: bool = False,
+    probabilities: bool = False,
+    overlays: bool = False,
+    overwrite: bool = False,
+    batch_size: int = 8,
+    device: str | torch.device | None = None,
+    precision: str = "float32",
+    progress: bool = False,
+) -> list[Path]:
+    """Segment a NIfTI volume, a picture, or every one of them in a folder.
+
+    A NIfTI volume becomes a uint8 label map in the file's own axis order with the same affine, qform, sform and voxel
+    size, whatever the orientation; a PNG, JPEG, TIFF or BMP becomes a PNG of class indices. Every file appears complete
+    or not at all.
+
+    Args:
+        model: returns a list of heads `[B, classes, S1, S1]`; moved to `device` if one is named.
+        description: classes, channels, intensity rule, slice axis and S1 of the data the model was trained on.
+        input_path: a file, or a folder whose NIfTI files and pictures are all taken.
+        output_path: for a file, the label map (`.nii`, `.nii.gz`; `.png` for a picture) or a folder to put it in; for a
+            folder, the folder of the label maps, `<name>.nii.gz` and `<name>.png`.
+        mirror: average over mirror images.
+        probabilities: also write `<name>_probabilities.nii.gz`, float32, classes on the fourth axis (`.npy`, classes
+            last, for a picture); their argmax is the label map.
+        overlays: also write `<name>_overlay.png`, up to four slices with the label map drawn on them.
+        overwrite: replace files that are already there.
+        batch_size: slices per forward pass.
+        device: None is where the model is.
+        precision: "float32" or "bfloat16" (autocast).
+        progress: show a bar on a terminal.
+
+    Returns:
+        the files written, image by image.
+
+    Raises:
+        DataError: nothing to read, an output in the way, or a bad file. In a folder the good files are done all the
+            same, and the error at the end names the bad ones.
+    """
+    source, target = Path(input_path), Path(output_path)
+    folder = source.is_dir()
+    jobs = _folder_jobs(source, target) if folder else [_file_job(source, target)]
+    jobs = [_with_extras(job, probabilities, overlays) for job in jobs]
+    options = {"batch_size": batch_size, "device": device, "precision": precision, "mirror": mirror}
+    written: list[Path] = []
+    problems: list[str] = []
+    for job in _bar(jobs, "file", progress and folder):
+        try:
+            _refuse_existing(job, overwrite)
+            _run(model, description, job, options, progress and not folder)
+        except DataError as error:
+            if not folder:
+                raise
+            problems.append(str(error))
+        else:
+            written += job.outputs
+    if problems:
+        done = len(jobs) - len(problems)
+        raise DataError.listing(f"{source}: {done} of {len(jobs)} files done, the others could not be", problems)
+    return written
+
+
+def _bar(items: Sequence[T], unit: str, show: bool) -> Iterable[T]:
+    """`items` behind a progress bar; `disable=None` keeps it quiet where the output is no terminal."""
+    return tqdm(items, desc="predict", unit=unit, disable=None if show else True, leave=False)
+
+
+def _run(model: nn.Module, recipe: Recipe, job: _Job, options: dict[str, Any], progress: bool) -> None:
+    """Read, segment and write one image."""
+    volume = read_image(job.source)
+    images, placed = network_input(volume, recipe)
+    count, shape = len(recipe.classes), placed.slice_shape
+    labels = np.empty(shape, np.uint8)
+    slices = _bar(list(images), "slice", progress)
+    if job.probabilities is None:
+        with closing(segment(model, slices, count, **options)) as small_labels:
+            for index, small in enumerate(small_labels):
+                labels[index] = resize_label(small, shape[1:])
+    else:
+        likely = np.empty((*shape, count), np.float32)
+        with closing(segment_probabilities(model, slices, count, **options)) as small_maps:
+            for index, maps in enumerate(small_maps):
+                likely[index] = np.moveaxis(resize_label(maps, shape[1:]), 0, -1)
+                labels[index] = likely[index].argmax(-1)
+        write_probabilities(job.probabilities, from_slices(likely, placed), job.source)
+    if job.overlay is not None:
+        _draw(job.overlay, volume, placed, labels, recipe)
+    # Last, so that a label map that is there says that all is there.
+    write_label_map(job.labels, from_slices(labels, placed), job.source)
+
+
+def _draw(path: Path, volume: Volume, placed: Geometry, labels: NDArray[np.uint8], recipe: Recipe) -> None:
+    """An overlay of slices spread evenly over those with foreground (over all where there is none)."""
+    planes = to_slices(recipe.intensity.apply(volume), placed)
+    found = np.flatnonzero(labels.any(axis=(1, 2)))
+    among = found if len(found) else np.arange(len(labels))
+    parts = min(OVERLAY_SLICES, len(among))
+    chosen = among[((np.arange(parts) + 0.5) * len(among) / parts).astype(int)]
+    aspect = placed.spacing[1] / placed.spacing[2]
+    samples = []
+    for index in chosen:
+        plane = planes[index]
+        image = plane if plane.ndim == 2 else np.moveaxis(plane, -1, 0)
+        title = f"slice {index}" if len(labels) > 1 else ""
+        samples.append(Sample(image, None, labels[index], title, aspect))
+    save_overlays(path, samples, recipe.classes, stem(volume.path))
+
+
+def _default_name(source: Path) -> str:
+    return stem(source) + (".nii.gz" if extension(source) in NIFTI else ".png")
+
+
+def _file_job(source: Path, target: Path) -> _Job:
+    """The job of one file; `target` is the label map or a folder."""
+    if not source.exists():
+        raise DataError(f"{source}: no such file or folder")
+    kind = extension(source)
+    if kind not in NIFTI + PICTURES:
+        raise DataError(f"{source}: unknown kind of file, expected one of {', '.join(NIFTI + PICTURES)}")
+    if target.is_dir() or not target.suffix:
+        target = target / _default_name(source)
+    allowed = NIFTI if kind in NIFTI else (".png",)
+    if not target.name.endswith(allowed):
+        raise DataError(f"{target}: got an output of kind {target.suffix!r}, expected {' or '.join(allowed)}")
+    return _Job(source, target, None, None)
+
+
+def _folder_jobs(source: Path, target: Path) -> list[_Job]:
+    """One job for each image in a folder; `target` is the folder of the label maps."""
+    if target.resolve() == source.resolve():
+        raise DataError(f"{target}: is the folder of the images, expected another one for the label maps")
+    if target.exists() and not target.is_dir():
+        raise DataError(f"{target}: is a file, expected a folder as {source} is one")
+    files = [f for f in sorted(source.iterdir()) if f.is_file() and not f.name.startswith(".")]
+    jobs = [_Job(f, target / _default_name(f), None, None) for f in files if extension(f) in NIFTI + PICTURES]
+    if not jobs:
+        raise DataError(f"{source}: no image in this folder, expected files of kind {', '.join(NIFTI + PICTURES)}")
+    clashes = list(_clashes(jobs))
+    if clashes:
+        raise DataError.listing(f"{source}: images whose label maps would have one name", clashes)
+    return jobs
+
+
+def _clashes(jobs: list[_Job]) -> Iterator[str]:
+    first: dict[Path, Path] = {}
+    for job in jobs:
+        other = first.setdefault(job.labels, job.source)
+        if other != job.source:
+            yield f"{other.name} and {job.source.name}: both would become {job.labels.name}"
+
+
+def _with_extras(job: _Job, probabilities: bool, overlays: bool) -> _Job:
+    base = job.labels.with_name(stem(job.labels))
+    ending = ".npy" if job.labels.suffix == ".png" else ".nii.gz"
+    return _Job(
+        job.source,
+        job.labels,
+        base.with_name(f"{base.name}_probabilities{ending}") if probabilities else None,
+        base.with_name(f"{base.name}_overlay.png") if overlays else None,
+    )
+
+
+def _refuse_existing(job: _Job, overwrite: bool) -> None:
+    if job.source.resolve() in [path.resolve() for path in job.outputs]:
+        raise DataError(f"{job.source}: is also the output, expected another file for the label map")
+    there = [str(path) for path in job.outputs if path.exists()]
+    if there and not overwrite:
+        raise DataError(f"{', '.join(there)}: already there; overwrite replaces it")

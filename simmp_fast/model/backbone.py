@@ -1,0 +1,130 @@
+"""Encoder A: a timm MaxViT or CoAtNet whose stages see the image again (section 1)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ConfigError
+from .layers import ImageGate, resize
+
+
+class GatedBackbone(nn.Module):
+    """Stem and four stages of a timm MaxViT; after each stage the input image is let back in through a gate.
+
+    Args:
+        name: a timm model of the MaxViT/CoAtNet family.
+        image_size: side of the square input in pixels [S1].
+
+    Attributes:
+        channels: channels of the four feature maps, at strides 4, 8, 16 and 32.
+
+    Raises:
+        ConfigError: no such timm model, another family, or an image size the model cannot be built for.
+    """
+
+    def __init__(self, name: str, image_size: int) -> None:
+        super().__init__()
+        self.image_size = image_size
+        network = _create(name, image_size)
+        self.stem: nn.Module = network.stem
+        self.stages: nn.Sequential = network.stages
+        self.channels = tuple(int(info["num_chs"]) for info in network.feature_info[-4:])
+        self.gates = nn.ModuleList(ImageGate(c) for c in self.channels)
+        self.attention = nn.Conv2d(self.channels[-1], 1, 1)
+
+    def forward(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Encode an image.
+
+        Args:
+            image: ``[B, 3, H, W]``.
+
+        Returns:
+            the four feature maps ``[B, C_i, S1 / 2^(i+1), ..]``, and the gated image ``[B, 3, S1, S1]`` for encoder B.
+        """
+        size = (self.image_size, self.image_size)
+        image = resize(image, size)
+        x = self.stem(image)
+        features = []
+        for stage, gate in zip(self.stages, self.gates, strict=True):
+            x = gate(stage(x), image)
+            features.append(x)
+        return features, image * resize(self.attention(x).sigmoid(), size)
+
+    def load_weights(self, source: str) -> None:
+        """Load stem and stages from a local file, or from timm's download where `source` is ``timm:<model name>``.
+
+        Args:
+            source: path of a safetensors file or of a checkpoint that holds tensors alone, with timm's names.
+
+        Raises:
+            ConfigError: no such file, or names or shapes that do not fit.
+        """
+        if source.startswith("timm:"):
+            import timm
+
+            name = source.removeprefix("timm:")
+            state = timm.create_model(name, pretrained=True, img_size=self.image_size, num_classes=0).state_dict()
+        else:
+            state = _read_tensors(Path(source))
+        own = {k: v for k, v in self.state_dict().items() if k.startswith(("stem.", "stages."))}
+        missing = [k for k in own if k not in state or state[k].shape != own[k].shape]
+        if missing:
+            raise ConfigError(
+                f"train.backbone_weights: {source} lacks {len(missing)} of the backbone's {len(own)} tensors, or has "
+                f"them in another shape, the first being {missing[0]}; expected weights of the same timm model"
+            )
+        self.load_state_dict({k: state[k] for k in own}, strict=False)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The named tensors of a weight file; nothing is ever unpickled."""
+    if not path.is_file():
+        raise ConfigError(f"train.backbone_weights: {path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ConfigError(f"train.backbone_weights: {path} cannot be read as weights: {error}") from error
+    return dict(content.get("state_dict", content))
+
+
+def _create(name: str, image_size: int) -> Any:
+    """The timm model `name`, checked to be of the right family."""
+    import timm
+    from timm.models.maxxvit import MaxxVit
+
+    try:
+        network = timm.create_model(name, pretrained=False, img_size=image_size, num_classes=0)
+    except Exception as error:  # timm raises RuntimeError, TypeError or AssertionError for names and sizes alike
+        raise ConfigError(
+            f"model.backbone: got {name!r} at image size {image_size}, which timm cannot build ({error}); expected a "
+            "MaxViT or CoAtNet model of timm, such as 'maxxvit_rmlp_small_rw_256', and an image size that is a "
+            "multiple of 32"
+        ) from error
+    if not isinstance(network, MaxxVit) or len(network.stages) != 4:
+        raise ConfigError(f"model.backbone: got {name!r}, expected a MaxViT or CoAtNet model of timm with four stages")
+    _round_relative_coordinates(network)
+    return network
+
+
+def _round_relative_coordinates(network: Any) -> None:
+    """Store the log coordinates of relative positions correctly rounded.
+
+    timm takes their logarithm in float32, whose last bit differs between processors; the network's output would follow
+    it by 1e-8. From float64 the values are the same on every machine.
+    """
+    from timm.layers import RelPosMlp
+
+    for module in network.modules():
+        if isinstance(module, RelPosMlp) and module.mode != "swin":
+            axes = [torch.arange(1 - size, size, dtype=torch.float64) for size in module.window_size]
+            logs = [axis.sign() * axis.abs().log1p() for axis in axes]
+            grid = torch.stack(torch.meshgrid(*logs, indexing="ij"), -1)
+            cast(Tensor, module.rel_coords_log).copy_(grid.float())

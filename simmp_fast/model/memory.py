@@ -1,0 +1,172 @@
+"""The memory bank of a DMW-LA block and its life: warm-up, structuring, update (section 3).
+
+A training forward only *offers* its tokens; `write`, called after that forward's backward, writes them. So tensors
+saved for backward stay as they were, addresses never change, and recomputation under activation checkpointing writes
+nothing. The phase is a host integer: no device value is read to find it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from .structuring import structure
+
+
+def named_generator(seed: int, name: str, step: int) -> torch.Generator:
+    """The CPU generator of one bank at one step.
+
+    It is a function of its arguments alone, so it needs no state of its own: `seed` and `step` are saved with the run,
+    and every rank and every resumed run draws the same numbers.
+    """
+    digest = hashlib.blake2b(f"{seed} {name} {step}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _recomputing() -> bool:
+    """Whether this forward runs inside a backward pass, as activation checkpointing does."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class MemoryBank(nn.Module):
+    """``K`` clusters of ``M`` slots and their prototypes, both uniform in [0, 1) at first.
+
+    Args:
+        clusters, slots, dim: K, M and D.
+        warmup_steps: training steps that fill the bank with random tokens before it is structured.
+        rate: weight of the token in a write.
+        seed: seed of the warm-up draws.
+        name: the bank's own name; two banks of one network must not share it.
+        backend: backend of `update_memory`.
+
+    Attributes:
+        memory: ``[K, M, D]``.
+        prototypes: ``[K, D]``.
+        step: training steps committed so far; a host integer, saved in the extra state.
+        warming: whether the bank is still in warm-up: it is filled, but not yet attended to.
+    """
+
+    memory: Tensor
+    prototypes: Tensor
+
+    def __init__(
+        self,
+        clusters: int,
+        slots: int,
+        dim: int,
+        *,
+        warmup_steps: int = 2000,
+        rate: float = 0.3,
+        seed: int = 2222,
+        name: str = "bank",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.register_buffer("memory", torch.rand(clusters, slots, dim))
+        self.register_buffer("prototypes", torch.rand(clusters, dim))
+        self.warmup_steps, self.rate, self.seed, self.name = warmup_steps, rate, seed, name
+        self.backend = backend
+        self._offered: Tensor | None = None
+        self._enter(0)
+
+    def extra_repr(self) -> str:
+        clusters, slots, dim = self.memory.shape
+        return f"clusters={clusters}, slots={slots}, dim={dim}, step={self.step}, name={self.name!r}"
+
+    def _enter(self, step: int) -> None:
+        # A flag of its own: a compiled forward depends on the phase, not on the counter that changes every step.
+        self.step, self.warming = step, step < self.warmup_steps
+
+    def get_extra_state(self) -> Tensor:
+        """The step counter as an int64 tensor, so that a state dict holds tensors alone."""
+        return torch.tensor(self.step, dtype=torch.int64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore the step counter; whatever was offered before belongs to another life."""
+        self._enter(int(state))
+        self._offered = None
+
+    def offer(self, tokens: Tensor) -> None:
+        """Keep the tokens ``[B, N, D]`` of a training forward until `write` or `discard`.
+
+        Raises:
+            RuntimeError: tokens of an earlier forward were neither committed nor discarded.
+        """
+        if self._offered is not None:
+            if _recomputing():
+                return
+            raise RuntimeError(
+                f"memory bank {self.name!r}: the tokens of the last training forward were never committed; call "
+                "commit_memory() after each backward, or discard_memory() where no backward follows"
+            )
+        self._offered = tokens.detach()
+
+    def discard(self) -> None:
+        """Forget the tokens offered last; nothing is written."""
+        self._offered = None
+
+    @torch.no_grad()
+    def write(self, k: int | Tensor, keep: Tensor | None = None) -> None:
+        """Write the tokens offered last into the bank.
+
+        Args:
+            k: slots to write per cluster (after warm-up).
+            keep: 0-d bool tensor; where false, the bank keeps its values. It is never read on the host.
+
+        Raises:
+            RuntimeError: no tokens were offered since the last write.
+        """
+        tokens = self._offered
+        if tokens is None:
+            raise RuntimeError(f"memory bank {self.name!r}: nothing to commit, no training forward came before")
+        self._offered = None
+        if tokens.numel() == 0:
+            return
+        if self.warming:
+            memory, prototypes = self._with_random_tokens(tokens), self.prototypes
+        else:
+            memory, prototypes = ops.update_memory(
+                tokens, self.memory, self.prototypes, k, rate=self.rate, backend=self.backend
+            )
+        if keep is not None:
+            memory = torch.where(keep, memory, self.memory)
+            prototypes = torch.where(keep, prototypes, self.prototypes)
+        self._store(memory, prototypes)
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Count a training step; the last one of the warm-up structures the bank."""
+        self._enter(self.step + 1)
+        if self.step == self.warmup_steps:
+            self._store(*structure(self.memory, named_generator(self.seed, self.name, self.step)))
+
+    def _store(self, memory: Tensor, prototypes: Tensor) -> None:
+        """Copy in place: the addresses of the bank never change."""
+        self.memory.copy_(memory)
+        self.prototypes.copy_(prototypes)
+
+    def _with_random_tokens(self, tokens: Tensor) -> Tensor:
+        """The bank after one warm-up write (section 3.1).
+
+        All index tensors have the same shape at every step; a mask says how many of the draws are written.
+        """
+        batch, length, dim = tokens.shape
+        clusters, slots, _ = self.memory.shape
+        per_image = max(clusters * slots // batch, 1)
+        drawn = batch * per_image
+        width = min(drawn, clusters * slots)
+        kept = min(max(1, int(0.5 * (self.step + 1) / self.warmup_steps * drawn)), width)
+        generator = named_generator(self.seed, self.name, self.step)
+        token = torch.randint(length, (batch, per_image), generator=generator)
+        token = (token + length * torch.arange(batch).unsqueeze(1)).flatten()
+        token = token[torch.randperm(drawn, generator=generator)[:width]]
+        slot = torch.randperm(clusters * slots, generator=generator)[:width]
+        written = (torch.arange(width) < kept).unsqueeze(1)
+        device = self.memory.device
+        token, slot, written = (t.to(device, non_blocking=True) for t in (token, slot, written))
+        flat = self.memory.flatten(0, 1)
+        values = torch.where(written, tokens.reshape(-1, dim)[token].to(flat.dtype), flat[slot])
+        return flat.index_copy(0, slot, values).view_as(self.memory)

@@ -1,0 +1,188 @@
+"""The one door to the operators: every call names its backend, checks it can run here, and goes there.
+
+`reference` is the definition, `portable` fast PyTorch for any device, `triton` the fused kernels for NVIDIA GPUs.
+`auto` takes Triton where it can run and portable elsewhere. Asking for a backend that cannot run is an error that says
+why; nothing falls back in silence.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import portable, reference
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "reference", "portable", "triton")
+# The kernels are imported by the first call that takes them: Triton may not be installed.
+_IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "portable": portable}
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for that cannot run: says which, on what, and why."""
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _triton_missing() -> str | None:
+    """Why the kernels cannot run in this installation, whatever the device; None if they can."""
+    if importlib.util.find_spec("simmp_fast.kernels") is None:
+        return "this version of simmp_fast has no Triton kernels yet"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    return None
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why the Triton kernels cannot take tensors of this device and dtype; None if they can."""
+    missing = _triton_missing()
+    if missing is not None:
+        return missing
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}, the kernels need a CUDA device"
+    if torch.version.hip is not None:
+        return "the kernels are written for NVIDIA GPUs"
+    if dtype == torch.float64:
+        return "the kernels take float32, bfloat16 and float16, not float64"
+    major, minor = _capability(device.index if device.index is not None else torch.cuda.current_device())
+    if major < 8:
+        return f"the GPU has compute capability {major}.{minor}, the kernels need 8.0 or newer"
+    return None
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.warning(message)
+
+
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that a call with `backend` takes on tensors of this device and dtype.
+
+    Raises:
+        ValueError: `backend` is no backend's name.
+        BackendError: the backend cannot run on these tensors, or is not part of this installation.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+    if backend in ("reference", "portable"):
+        return backend
+    reason = why_not_triton(device, dtype)
+    if backend == "triton":
+        if reason is not None:
+            raise BackendError(f"backend: 'triton' cannot run here: {reason}")
+        return backend
+    if reason is None:
+        return "triton"
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        _log_once(f"CUDA tensors go to the portable backend: {reason}")
+    return "portable"
+
+
+@torch.compiler.assume_constant_result
+def _kernels() -> ModuleType:
+    return importlib.import_module("simmp_fast.kernels")
+
+
+def _implementation(backend: str, tensor: Tensor) -> ModuleType:
+    name = choose_backend(backend, tensor.device, tensor.dtype)
+    return _kernels() if name == "triton" else _IMPLEMENTATIONS[name]
+
+
+def assign_clusters(query: Tensor, prototypes: Tensor, *, metric: str = "cosine", backend: str = "auto") -> Tensor:
+    """The cluster of every token; see `simmp_fast.reference.assign_clusters`."""
+    return _implementation(backend, query).assign_clusters(query, prototypes, metric=metric)
+
+
+def context_attention(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto") -> Tensor:
+    """Unscaled attention among the tokens of an image; see `simmp_fast.reference.context_attention`."""
+    return _implementation(backend, query).context_attention(query, key, value)
+
+
+def memory_attention(
+    query: Tensor, memory: Tensor, prototypes: Tensor, cluster: Tensor | None = None, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Attention of a token to the slots of its cluster; see `simmp_fast.reference.memory_attention`."""
+    return _implementation(backend, query).memory_attention(query, memory, prototypes, cluster)
+
+
+def memory_context_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    memory: Tensor,
+    prototypes: Tensor,
+    cluster: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Context plus memory attention in one call; see `simmp_fast.reference.memory_context_attention`."""
+    implementation = _implementation(backend, query)
+    return implementation.memory_context_attention(query, key, value, memory, prototypes, cluster)
+
+
+def update_memory(
+    tokens: Tensor,
+    memory: Tensor,
+    prototypes: Tensor,
+    k: int | Tensor,
+    *,
+    rate: float = 0.3,
+    cluster: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The memory bank after a training step; see `simmp_fast.reference.update_memory`."""
+    implementation = _implementation(backend, tokens)
+    return implementation.update_memory(tokens, memory, prototypes, k, rate=rate, cluster=cluster)
+
+
+def window_similarity(x: Tensor, window: int, *, backend: str = "auto") -> Tensor:
+    """Sum of cosines in every window of a feature map; see `simmp_fast.reference.window_similarity`."""
+    return _implementation(backend, x).window_similarity(x, window)
+
+
+def split_threshold(query: Tensor, key: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Row means and far-set thresholds; see `simmp_fast.reference.split_threshold`."""
+    return _implementation(backend, query).split_threshold(query, key)
+
+
+def split_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row_mean: Tensor,
+    threshold: Tensor,
+    *,
+    variant: str = "paper",
+    backend: str = "auto",
+) -> Tensor:
+    """The two softmaxes over the far and the near set; see `simmp_fast.reference.split_attention`."""
+    implementation = _implementation(backend, query)
+    return implementation.split_attention(query, key, value, row_mean, threshold, variant=variant)
+
+
+def powerset_loss(
+    heads: Sequence[Tensor],
+    label: Tensor,
+    *,
+    ce_weight: float = 0.3,
+    dice_weight: float = 0.7,
+    smooth: float = 1e-5,
+    backend: str = "auto",
+) -> Tensor:
+    """The loss over all subsets of the heads; see `simmp_fast.reference.powerset_loss`."""
+    implementation = _implementation(backend, heads[0] if heads else label)
+    return implementation.powerset_loss(heads, label, ce_weight=ce_weight, dice_weight=dice_weight, smooth=smooth)

@@ -1,0 +1,140 @@
+"""What a run says: metrics as JSON lines and TensorBoard events, a text log, and progress on a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from simmp_fast.data.errors import DataError
+from simmp_fast.training.errors import TrainingError
+
+
+class RunLog:
+    """The records of one run. On a terminal a progress bar shows rate and time left; elsewhere only lines are printed.
+
+    Args:
+        folder: the run folder.
+        total_steps: steps of the whole run.
+        step: steps already taken.
+        metrics_bytes: length that `metrics.jsonl` had then; whatever follows is cut off, so that a resumed run leaves
+            the same rows as one that was never interrupted.
+
+    Raises:
+        DataError: `metrics.jsonl` is shorter than that.
+    """
+
+    def __init__(self, folder: Path, *, total_steps: int, step: int = 0, metrics_bytes: int = 0) -> None:
+        self.path = folder / "metrics.jsonl"
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size < metrics_bytes:
+            raise DataError(f"{self.path}: got {size} bytes, expected the {metrics_bytes} the checkpoint knows of")
+        # Unbuffered: nothing is left to be written, and to fail, when they are closed.
+        self._metrics = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        self._metrics.truncate(metrics_bytes)
+        self._metrics.seek(metrics_bytes)
+        self._text = open(folder / "train.log", "ab", buffering=0)  # noqa: SIM115
+        self._board = _tensorboard(folder / "tensorboard", step)
+        self._bar = tqdm(
+            total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+        )
+
+    def say(self, message: str) -> None:
+        """One line for people: to the text log with the time, and to the terminal."""
+        tqdm.write(message, file=sys.stderr)
+        with contextlib.suppress(OSError):  # a full disk must not hide the message that says so
+            self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n".encode())
+
+    def row(self, kind: str, step: int, epoch: int, **values: Any) -> None:
+        """One line of `metrics.jsonl`; its numbers also go to TensorBoard as ``kind/name``.
+
+        Args:
+            kind: "train", "epoch" or "validation".
+            step: training steps taken.
+            epoch: 0-based.
+            values: numbers and strings; a number that is not finite becomes null.
+
+        Raises:
+            TrainingError: the disk is full.
+        """
+        finite = {name: _finite(value) for name, value in values.items()}
+        row = {"kind": kind, "step": step, "epoch": epoch, **finite, "time": round(time.time(), 3)}
+        line = json.dumps(row).encode() + b"\n"
+        try:
+            if self._metrics.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if self._board is not None:
+                for name, value in finite.items():
+                    if isinstance(value, (int, float)):
+                        self._board.add_scalar(f"{kind}/{name}", value, step)
+        except OSError as error:
+            raise TrainingError(
+                f"{self.path}: cannot be written ({error.strerror}); checkpoints are untouched, so resume the run when "
+                "that is mended"
+            ) from error
+
+    def advance(self) -> None:
+        """Count one step on the progress bar."""
+        self._bar.update()
+
+    def note(self, **values: str) -> None:
+        """Show short values at the end of the progress bar."""
+        self._bar.set_postfix(values, refresh=False)
+
+    def synced_bytes(self) -> int:
+        """Length of `metrics.jsonl`, once all of it is on the disk."""
+        os.fsync(self._metrics.fileno())
+        return self._metrics.tell()
+
+    def close(self) -> None:
+        """Close all files."""
+        self._bar.close()
+        if self._board is not None:
+            with contextlib.suppress(OSError):
+                self._board.close()
+        self._metrics.close()
+        self._text.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def _finite(value: Any) -> Any:
+    """None for NaN and infinities, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`.
+
+    Raises:
+        DataError: the file is missing or a line is no JSON.
+    """
+    path = Path(path)
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise DataError(f"{path}: a line is no JSON ({error})") from None
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    """A TensorBoard writer, or None where TensorBoard is not installed; its events after `step` are void."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)

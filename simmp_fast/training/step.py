@@ -1,0 +1,124 @@
+"""One training step, and the flag that keeps a bad one from doing harm. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simmp_fast import ops
+from simmp_fast.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """The first step whose loss or gradients were not finite.
+
+    Attributes:
+        step: number of that step, counted from 0.
+        loss: its loss; finite where only the gradients were not.
+    """
+
+    step: int
+    loss: float
+
+    def describe(self) -> str:
+        """What was not finite, in words."""
+        if math.isfinite(self.loss):
+            return f"the gradients are not finite (loss {self.loss:.6g})"
+        return f"the loss is {self.loss}"
+
+
+class FiniteGuard:
+    """Remembers on the device the first bad step. From then on it masks all writes, so that the state stays good.
+
+    The host learns of it only when it asks (`read`), which waits for the device.
+
+    Attributes:
+        step: 0-d int64, the first bad step, -1 if none.
+        loss: 0-d float32, its loss.
+        frozen: 0-d float32, 1 from the first bad step on, as the fused optimisers take it (`found_inf`).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.loss = torch.zeros((), dtype=torch.float32, device=device)
+        self.frozen = torch.zeros((), dtype=torch.float32, device=device)
+
+    def check(self, loss: Tensor, gradients: Sequence[Tensor], step: int) -> Tensor:
+        """Take note of step `step`; returns a 0-d bool tensor: may its results be written?"""
+        # The largest magnitude is NaN or infinite exactly if some gradient is; a sum of squares could overflow.
+        largest = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)
+        first = (self.step < 0) & ~(torch.isfinite(loss) & torch.isfinite(largest))
+        self.step.masked_fill_(first, step)
+        self.loss.copy_(torch.where(first, loss, self.loss))
+        keep = self.step < 0
+        self.frozen.copy_(~keep)
+        return keep
+
+    def read(self) -> BadStep | None:
+        """The first bad step, or None. Waits for the device."""
+        step = int(self.step)
+        return None if step < 0 else BadStep(step, float(self.loss))
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (fused) over the trainable parameters (model definition, section 8)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+class TrainStep:
+    """Forward, loss, backward, memory, optimiser, W-LD (model definition, sections 3, 4, 7, 8).
+
+    Attributes:
+        guard: the flag of the first bad step.
+        loss_sum: 0-d float64, sum of the losses since it was last set to zero.
+    """
+
+    def __init__(self, model: Any, optimizer: torch.optim.AdamW, config: TrainConfig, device: torch.device) -> None:
+        self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.guard = FiniteGuard(device)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        # With 1 in `found_inf` the fused optimiser leaves parameters and moments alone, decided on the device.
+        optimizer.found_inf = self.guard.frozen  # type: ignore[attr-defined]
+
+    def __call__(self, images: Tensor, labels: Tensor, step: int, *, wld: bool) -> Tensor:
+        """Take one step.
+
+        Args:
+            images: [B, C, S1, S1] float32, on any device; pinned memory is copied without waiting.
+            labels: [B, S1, S1] int64.
+            step: number of this step, counted from 0; what the guard remembers.
+            wld: let W-LD set the update width from this step's loss.
+
+        Returns:
+            The loss, 0-d float32 or wider, without gradient, on the device.
+        """
+        images = images.to(self.device, non_blocking=True)
+        labels = labels.to(self.device, non_blocking=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            heads = self.model(images, native_heads=True)
+            loss = ops.powerset_loss(
+                heads,
+                labels,
+                ce_weight=self.config.ce_weight,
+                dice_weight=self.config.dice_weight,
+                backend=self.config.backend,
+            )
+        loss.backward()
+        loss = loss.detach()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        keep = self.guard.check(loss, gradients, step)
+        self.model.commit_memory(keep=keep)
+        self.optimizer.step()
+        if wld:
+            self.model.wld.step(loss)
+        self.loss_sum += loss
+        return loss

@@ -1,0 +1,170 @@
+import itertools
+
+import nibabel
+import numpy as np
+import pytest
+from nibabel.orientations import apply_orientation, inv_ornt_aff
+from scipy import ndimage
+from small_sets import AFFINE
+
+from simmp_fast.config import ConfigError, from_mapping, to_mapping
+from simmp_fast.data.errors import DataError
+from simmp_fast.data.formats import Volume
+from simmp_fast.data.preprocess import (
+    SLICE_AXES,
+    Geometry,
+    Intensity,
+    Recipe,
+    from_slices,
+    geometry,
+    network_input,
+    resize_image,
+    resize_label,
+    to_slices,
+)
+
+RNG = np.random.default_rng(0)
+VOXELS = RNG.integers(0, 1000, (4, 5, 6)).astype(np.int16)
+ALL_ORDERS = [
+    np.column_stack([order, signs])
+    for order in itertools.permutations(range(3))
+    for signs in itertools.product((1, -1), repeat=3)
+]
+
+
+def volume(array, affine=None, colour=False):
+    return Volume(array, affine, "file.nii", colour)
+
+
+@pytest.mark.parametrize("slice_axis", SLICE_AXES)
+@pytest.mark.parametrize("oblique", [False, True])
+def test_every_axis_order_and_direction_gives_the_same_slices(slice_axis, oblique):
+    """48 copies of one volume, with the affine that keeps every voxel where it is in space."""
+    affine = AFFINE.copy()
+    if oblique:
+        turn = np.deg2rad(20)
+        around_z = np.array([[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0], [0, 0, 1]])
+        affine[:3, :3] = around_z @ affine[:3, :3]
+    placed = geometry(volume(VOXELS, affine), slice_axis)
+    expected = to_slices(VOXELS, placed)
+    for order in ALL_ORDERS:
+        copy = apply_orientation(VOXELS, order)
+        copy_affine = affine @ inv_ornt_aff(order, VOXELS.shape)
+        copy_placed = geometry(volume(copy, copy_affine), slice_axis)
+        slices = to_slices(copy, copy_placed)
+        assert np.array_equal(slices, expected)
+        assert copy_placed.slice_shape == expected.shape
+        assert np.allclose(copy_placed.spacing, placed.spacing)
+        assert np.array_equal(from_slices(slices, copy_placed), copy)
+
+
+def test_slices_are_shown_as_radiologists_see_them():
+    """Rows of an axial slice go from front to back, columns from the patient's right to left."""
+    array = np.zeros((4, 5, 6), np.int16)
+    array[3, 4, 0] = 1  # rightmost, foremost, lowest (the affine grows to the right, to the front and up)
+    ((index, row, column),) = np.argwhere(to_slices(array, geometry(volume(array, AFFINE), "axial")))
+    assert (index, row, column) == (0, 0, 0)
+    assert geometry(volume(array, AFFINE), "axial").spacing == (3.0, 1.5, 2.0)
+    assert geometry(volume(array, AFFINE), "sagittal").slice_shape == (4, 6, 5)
+    assert nibabel.aff2axcodes(AFFINE) == ("R", "A", "S")
+
+
+@pytest.mark.parametrize(("shape", "colour"), [((7, 8), False), ((7, 8, 3), True), ((2, 7, 8), False)])
+def test_files_without_orientation_keep_their_order(shape, colour):
+    array = RNG.integers(0, 256, shape).astype(np.uint8)
+    placed = geometry(volume(array, colour=colour))
+    slices = to_slices(array, placed)
+    assert slices.shape[:3] == placed.slice_shape
+    assert np.array_equal(slices.reshape(shape), array)
+    assert np.array_equal(
+        from_slices(slices[:, ..., 0] if colour else slices, placed), array[..., 0] if colour else array
+    )
+
+
+def test_from_slices_refuses_another_shape():
+    with pytest.raises(ValueError, match=r"slices: got shape \[2, 3, 4\], expected \[1, 3, 4\]"):
+        from_slices(np.zeros((2, 3, 4)), Geometry((3, 4)))
+
+
+def test_geometry_survives_json():
+    placed = geometry(volume(VOXELS, AFFINE), "coronal")
+    assert from_mapping(Geometry, to_mapping(placed)) == placed
+
+
+def test_intensity_rules():
+    array = np.array([-50, 0, 50, 100, 200], np.int16)
+    assert np.allclose(Intensity("window", 0, 100).apply(volume(array)), [0, 0, 0.5, 1, 1])
+    assert np.allclose(Intensity("range", -50, 200).apply(volume(array)), (array + 50) / 250)
+    assert np.allclose(Intensity("percentile", 25, 75).apply(volume(array)), [0, 0, 0.5, 1, 1])
+    assert Intensity("window", 0, 100).apply(volume(array)).dtype == np.float32
+    with pytest.raises(DataError, match=r"file\.nii: got values from -50 to 200, expected 0 to 100"):
+        Intensity("range", 0, 100).apply(volume(array))
+    nearly = np.zeros(1000)
+    nearly[0] = 1
+    with pytest.raises(DataError, match=r"file\.nii: percentiles .* both 0\.0"):
+        Intensity("percentile", 1, 99).apply(volume(nearly))
+
+
+@pytest.mark.parametrize(("rule", "low", "high"), [("zscore", 0, 1), ("window", 5, 5), ("percentile", 1, 101)])
+def test_intensity_refuses(rule, low, high):
+    with pytest.raises(ConfigError, match="intensity"):
+        Intensity(rule, low, high)
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(20, 31, 16), (10, 7, 32), (1, 5, 8), (64, 64, 32)])
+def test_resize_image_is_the_cubic_zoom(height, width, size):
+    image = RNG.random((2, height, width)).astype(np.float32)
+    got = resize_image(image, size)
+    assert got.shape == (2, size, size)
+    assert got.dtype == np.float32
+    assert got.min() >= 0
+    assert got.max() <= 1
+    expected = np.stack([ndimage.zoom(c, (size / height, size / width), order=3) for c in image]).clip(0, 1)
+    assert np.allclose(got, expected, atol=1e-6)
+
+
+def test_resize_image_keeps_the_far_edge():
+    """Where scipy's default reads zeros in the last row and column."""
+    assert np.allclose(resize_image(np.ones((1, 63, 63), np.float32), 16), 1, atol=1e-5)
+
+
+def test_resize_label_is_the_nearest_zoom():
+    for source, target in itertools.product((1, 2, 5, 16, 63, 100), (1, 2, 8, 16, 37, 128)):
+        label = RNG.integers(0, 5, (source, 2 * source)).astype(np.uint8)
+        factors = (target / source, (target + 3) / (2 * source))
+        expected = ndimage.zoom(label, factors, order=0, mode="mirror")
+        assert np.array_equal(resize_label(label, (target, target + 3)), expected), (source, target)
+    stack = RNG.integers(0, 5, (3, 6, 7)).astype(np.uint8)
+    assert np.array_equal(resize_label(stack, (9, 4))[1], resize_label(stack[1], (9, 4)))
+
+
+def recipe(**keys):
+    return Recipe(**{"name": "x", "classes": ("a", "b"), "channels": 1, "image_size": 16} | keys)
+
+
+def test_network_input():
+    window = Intensity("window", 0, 1000)
+    images, placed = network_input(volume(VOXELS, AFFINE), recipe(intensity=window))
+    assert images.shape == (6, 1, 16, 16)
+    assert images.dtype == np.float32
+    assert placed.slice_shape == (6, 5, 4)
+    expected = resize_image(to_slices(VOXELS, placed)[2][None] / np.float32(1000), 16)
+    assert np.allclose(images[2], expected, atol=1e-6)
+    three, _ = network_input(volume(VOXELS, AFFINE), recipe(intensity=window, channels=3))
+    assert three.shape == (6, 3, 16, 16)
+    assert np.array_equal(three[:, 1], images[:, 0])
+    picture = RNG.integers(0, 256, (9, 8, 3)).astype(np.uint8)
+    colour, _ = network_input(volume(picture, colour=True), recipe(channels=3, intensity=Intensity("range", 0, 255)))
+    assert colour.shape == (1, 3, 16, 16)
+    assert np.allclose(colour[0, 2], resize_image(picture[None, ..., 2] / np.float32(255), 16), atol=1e-6)
+    with pytest.raises(DataError, match="one channel"):
+        network_input(volume(picture, colour=True), recipe(intensity=Intensity("range", 0, 255)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("channels", 2), ("classes", ("a",)), ("classes", ("a", "a")), ("slice_axis", "z"), ("image_size", 0)],
+)
+def test_recipe_refuses(key, value):
+    with pytest.raises(ConfigError, match=key):
+        recipe(**({"intensity": Intensity("range", 0, 1)} | {key: value}))

@@ -1,0 +1,85 @@
+"""Presets, YAML files, overrides, and the messages for those that cannot be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from simmp_fast.config import (
+    PRESETS,
+    Config,
+    ConfigError,
+    fitting_windows,
+    from_mapping,
+    preset,
+    resolve,
+    to_mapping,
+)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_survive_the_way_to_yaml_and_back(name: str) -> None:
+    assert from_mapping(Config, to_mapping(preset(name))) == preset(name)
+
+
+def test_published_presets() -> None:
+    table = {n: (c.model.classes, c.model.clusters, c.model.feature_dim) for n, c in PRESETS.items() if n != "small"}
+    assert table == {"synapse": (9, 9, 256), "acdc": (4, 4, 128), "segpc2021": (3, 3, 256), "isic2018": (2, 2, 256)}
+    recipe = preset("synapse").train
+    assert (recipe.lr, recipe.weight_decay, recipe.batch_size, recipe.epochs) == (1e-4, 1e-4, 20, 300)
+    assert (recipe.seed, recipe.validate_from, recipe.wld_from, recipe.keep_every) == (2222, 100, 100, 50)
+
+
+def test_precedence(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("train:\n  lr: 3e-4\n  batch_size: 4\nmodel:\n  depths: [1, 1, 1, 1]\n")
+    config = resolve("acdc", file, ("train.batch_size=2", "model.window=7", "train.augment=false"))
+    assert config.model.classes == 4, "from the preset"
+    assert config.train.lr == 3e-4, "from the file"
+    assert config.model.depths == (1, 1, 1, 1)
+    assert config.train.batch_size == 2, "the command line wins"
+    assert config.model.window == 7
+    assert config.train.augment is False
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train:\n  learning_rate: 1\n", r"train.learning_rate: unknown key, expected one of epochs, batch_size"),
+        ("trian:\n  lr: 1\n", "trian: unknown key, expected one of model, train"),
+        ("train:\n  epochs: many\n", "train.epochs: got 'many', expected an int"),
+        ("train:\n  epochs: true\n", "train.epochs: got True, expected an int"),
+        ("train:\n  lr: fast\n", "train.lr: got 'fast', expected a float"),
+        ("train:\n  augment: 1\n", "train.augment: got 1, expected a bool"),
+        ("train: 3\n", "train: got 3, expected a mapping"),
+        ("model:\n  depths: [1, 2]\n", "model.depths: got .*four numbers"),
+        ("model:\n  depths: [1, 2, x, 1]\n", r"model.depths\[2\]: got 'x', expected an int"),
+        ("model:\n  dmwla_size: 32\n", "third-stage grid of 2x2 tokens no window"),
+        ("train:\n  lr: -1\n", "train.lr: got -1.0, expected a number above 0"),
+        ("- a\n- b\n", "expected a mapping of keys to values"),
+        ("a: [1\n", "cannot be read as YAML"),
+    ],
+)
+def test_yaml_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        resolve("small", file)
+
+
+def test_missing_yaml_unknown_preset_and_bad_override(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none.yaml: no such file"):
+        resolve("small", tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="preset: got 'big', expected one of acdc, isic2018"):
+        resolve("big")
+    with pytest.raises(ConfigError, match="--set: got 'train.lr', expected section.key=value"):
+        resolve("small", None, ("train.lr",))
+
+
+def test_fitting_windows() -> None:
+    assert fitting_windows(14, 14) == [2, 7]
+    assert fitting_windows(28, 14) == [2, 7]
+    assert fitting_windows(8, 8) == [2, 4]
+    assert fitting_windows(2, 2) == []
+    assert fitting_windows(13, 13) == []

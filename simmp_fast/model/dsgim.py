@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
 from .layers import ConvBlock
+from .projection import project
 
 
 def decay(use: int) -> float:
@@ -72,16 +72,14 @@ class DSGIM(nn.Module):
         similar = similar_tokens(score, (height, width), self.window)
         query_weight, key_weight = branch_weights(similar, gamma, self.variant, x.dtype)
         tokens = x.flatten(2).transpose(1, 2)
-        query = self._weighted(self.query, tokens, query_weight)
-        key = self._weighted(self.key, tokens, key_weight)
+        weights = [self.query.weight, self.key.weight, self.value.weight]
+        (query, key, value), _ = project(tokens, weights, None)
+        # A weight per token commutes with a product over channels: no weighted copies of x are made.
+        query = query * query_weight.to(query.dtype).unsqueeze(-1) + self.query.bias.to(query.dtype)
+        key = key * key_weight.to(key.dtype).unsqueeze(-1) + self.key.bias.to(key.dtype)
+        value = value + self.value.bias.to(value.dtype)
         row_mean, threshold = ops.split_threshold(query, key, backend=self.backend)
         attended = ops.split_attention(
-            query, key, self.value(tokens), row_mean, threshold, variant=self.variant, backend=self.backend
+            query, key, value, row_mean, threshold, variant=self.variant, backend=self.backend
         )
         return self.refine(self.mix(attended).transpose(1, 2).reshape(x.shape))
-
-    @staticmethod
-    def _weighted(projection: nn.Linear, tokens: Tensor, weight: Tensor) -> Tensor:
-        """``projection(tokens * weight)``, a weight a token: it commutes with the product, so no copy of x is made."""
-        product = F.linear(tokens, projection.weight)
-        return product * weight.to(product.dtype).unsqueeze(-1) + projection.bias.to(product.dtype)

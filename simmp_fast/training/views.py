@@ -20,14 +20,15 @@ class RunPictures:
         folder: the run folder.
         cache: the data.
         split: where the slices come from; None draws curves alone.
-        count: slices to draw: of as many cases, spread evenly over the split, the one with the most foreground.
+        count: slices to draw: those with the most foreground in as many parts of the split.
     """
 
     def __init__(self, folder: Path, cache: Cache, split: str | None, count: int) -> None:
         self.folder, self.classes = folder, cache.classes
-        cases = [] if split is None else [cache.case(name) for name in cache.splits[split]]
-        chosen = np.linspace(0, len(cases) - 1, min(count, len(cases))).round().astype(int)
-        self.slices = [(cases[i], _fullest_slice(cases[i])) for i in chosen]
+        names = [] if split is None else cache.splits[split]
+        places = [(case, index) for case in map(cache.case, names) for index in range(case.slices)]
+        parts = np.array_split(np.arange(len(places)), min(count, len(places)) or 1)
+        self.slices = [_fullest([places[i] for i in part]) for part in parts if len(part)] if count else []
 
     def draw(self, model: Any, metrics: Path, precision: str, title: str) -> None:
         """Segment the chosen slices and write both pictures."""
@@ -45,6 +46,6 @@ class RunPictures:
         save_overlays(self.folder / "overlays.png", samples, self.classes, title)
 
 
-def _fullest_slice(case: Case) -> int:
-    """The slice of a case with the most foreground; the first of several."""
-    return int(np.argmax([np.count_nonzero(labels) for labels in case.labels]))
+def _fullest(places: list[tuple[Case, int]]) -> tuple[Case, int]:
+    """The slice with the most foreground; the first of several."""
+    return places[int(np.argmax([np.count_nonzero(case.labels[index]) for case, index in places]))]

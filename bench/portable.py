@@ -1,0 +1,203 @@
+"""The portable backend against the definition on a CPU: ``python -m bench.portable`` prints a table.
+
+Both backends run in turns in one process, so a busy machine slows both; a row says how many times faster the portable
+backend is (median of the pairs, and their 20th and 80th percentile). ``--threads 1`` compares processor time in place
+of the clock's: on a busy machine two threads wait for one another, and most so where the work between is short.
+Peak memory is measured in a fresh process for each backend (Linux): the most that the process held at once, beyond
+what it held with the inputs in place and both libraries loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from simmp_fast import portable, reference
+
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "portable": portable}
+Step = Callable[[], object]
+Row = Callable[[str], Step]
+ROWS: dict[str, Row] = {}
+
+
+def row(name: str) -> Callable[[Row], Row]:
+    """Register what makes a step from the name of a backend."""
+
+    def register(make: Row) -> Row:
+        ROWS[name] = make
+        return make
+
+    return register
+
+
+def _tokens(count: int, grid: int, dim: int, batch: int = 1, scale: float = 0.3) -> list[Tensor]:
+    return [torch.randn(batch, grid * grid, dim).mul_(scale).requires_grad_() for _ in range(count)]
+
+
+def _backward(output: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(output, inputs, torch.ones_like(output))
+
+
+# --- DMW-LA blocks --------------------------------------------------------------------------------
+
+
+def _block(backend: str, channels: int, dim: int, clusters: int, grid: int, batch: int = 1) -> Step:
+    """A block forward and backward on tokens; the portable one takes its context in C dims where that is fewer."""
+    ops = BACKENDS[backend]
+    (x,) = _tokens(1, grid, channels, batch)
+    theta, phi, g = (torch.randn(dim, channels).mul_(channels**-0.5).requires_grad_() for _ in range(3))
+    o = torch.randn(channels, dim).mul_(dim**-0.5).requires_grad_()
+    memory, prototypes = torch.rand(clusters, 100, dim), torch.rand(clusters, dim)
+
+    def direct() -> Tensor:
+        attended, _ = ops.memory_context_attention(x @ theta.t(), x @ phi.t(), x @ g.t(), memory, prototypes)
+        return x + attended @ o.t()
+
+    def reassociated() -> Tensor:
+        recalled, _ = ops.memory_attention(x @ theta.t(), memory, prototypes)
+        context = ops.context_attention(x @ (theta.t() @ phi), x, x)
+        return x + recalled @ o.t() + context @ (o @ g).t()
+
+    block = reassociated if backend == "portable" and channels < dim else direct
+    return lambda: _backward(block(), [x, theta, phi, g, o])
+
+
+row("DMW-LA block 56x56, C=96, D=256, K=9")(lambda backend: _block(backend, 96, 256, 9, 56))
+row("DMW-LA block 56x56, C=96, D=128, K=4")(lambda backend: _block(backend, 96, 128, 4, 56))
+row("DMW-LA block 56x56, C=96, D=256, K=9, batch 2")(lambda backend: _block(backend, 96, 256, 9, 56, batch=2))
+row("DMW-LA block 28x28, C=192, D=256, K=9, batch 2")(lambda backend: _block(backend, 192, 256, 9, 28, batch=2))
+row("DMW-LA block 14x14, C=384, D=256, K=9, batch 2")(lambda backend: _block(backend, 384, 256, 9, 14, batch=2))
+
+
+# --- operators ------------------------------------------------------------------------------------
+
+
+@row("context_attention 56x56, D=256")
+def _context(backend: str) -> Step:
+    inputs = _tokens(3, 56, 256)
+    return lambda: _backward(BACKENDS[backend].context_attention(*inputs), inputs)
+
+
+@row("memory_attention 56x56, D=256, K=9")
+def _memory(backend: str) -> Step:
+    (query,) = _tokens(1, 56, 256)
+    memory, prototypes = torch.rand(9, 100, 256), torch.rand(9, 256)
+    return lambda: _backward(BACKENDS[backend].memory_attention(query, memory, prototypes)[0], [query])
+
+
+@row("assign_clusters 56x56, D=256, K=9")
+def _assign(backend: str) -> Step:
+    (query,), prototypes = _tokens(1, 56, 256), torch.rand(9, 256)
+    return lambda: BACKENDS[backend].assign_clusters(query, prototypes)
+
+
+@row("update_memory 56x56, D=256, K=9")
+def _update(backend: str) -> Step:
+    (tokens,), memory, prototypes = _tokens(1, 56, 256), torch.rand(9, 100, 256), torch.rand(9, 256)
+    return lambda: BACKENDS[backend].update_memory(tokens, memory, prototypes, 50)
+
+
+@row("window_similarity 14x14, C=384, batch 2")
+def _window(backend: str) -> Step:
+    x = torch.randn(2, 384, 14, 14)
+    return lambda: BACKENDS[backend].window_similarity(x, 7)
+
+
+def _split(backend: str, grid: int, batch: int) -> Step:
+    ops, inputs = BACKENDS[backend], _tokens(3, grid, 384, batch)
+
+    def step() -> object:
+        split = ops.split_threshold(inputs[0], inputs[1])
+        return _backward(ops.split_attention(*inputs, *split), inputs)
+
+    return step
+
+
+row("split_threshold and split_attention 14x14, C=384, batch 2")(lambda backend: _split(backend, 14, 2))
+row("split_threshold and split_attention 56x56, C=384")(lambda backend: _split(backend, 56, 1))
+
+
+def _loss(backend: str, grids: tuple[int, ...]) -> Step:
+    heads = [torch.randn(2, 9, grid, grid, requires_grad=True) for grid in grids]
+    label = torch.randint(9, (2, 256, 256))
+    return lambda: _backward(BACKENDS[backend].powerset_loss(heads, label), heads)
+
+
+row("powerset_loss, 4 heads 7..56 to 256x256, 9 classes, batch 2")(lambda backend: _loss(backend, (7, 14, 28, 56)))
+row("powerset_loss, 4 heads at 256x256, 9 classes, batch 2")(lambda backend: _loss(backend, (256,) * 4))
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def _seconds(step: Step) -> float:
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    step()
+    return clock() - start
+
+
+def ratios(name: str, pairs: int) -> list[float]:
+    """Time of the definition over time of the portable backend, pair by pair, rising."""
+    torch.manual_seed(0)
+    first, second = (ROWS[name](backend) for backend in ("reference", "portable"))
+    first(), second()
+    return sorted(_seconds(first) / _seconds(second) for _ in range(pairs))
+
+
+def _status(field: str) -> int:
+    """Bytes of VmRSS (held now) or VmHWM (the most held) of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def peak_bytes(name: str, backend: str) -> int:
+    """Peak memory of two steps in a fresh process."""
+    command = [sys.executable, "-m", "bench.portable", "--peak", backend, "--only", name]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def _print_peak(name: str, backend: str) -> None:
+    step = ROWS[name](backend)
+    _block(backend, 8, 16, 2, 24)()
+    before = _status("VmRSS")
+    step(), step()
+    print(max(0, _status("VmHWM") - before))
+
+
+def main() -> None:
+    """Print the table, or one peak for the process that asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", default="", help="rows whose name holds this text")
+    parser.add_argument("--peak", choices=sorted(BACKENDS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    names = [name for name in ROWS if arguments.only in name]
+    if arguments.peak:
+        _print_peak(names[0], arguments.peak)
+        return
+    print("| forward and backward, float32 | times faster | 20th..80th percentile | peak MiB, definition | portable |")
+    print("|---|---|---|---|---|")
+    for name in names:
+        found = ratios(name, arguments.pairs)
+        low, high = found[len(found) // 5], found[-1 - len(found) // 5]
+        peaks = [peak_bytes(name, backend) / 2**20 for backend in ("reference", "portable")]
+        print(
+            f"| {name} | {statistics.median(found):.1f} | {low:.1f}..{high:.1f} | {peaks[0]:.0f} | {peaks[1]:.0f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

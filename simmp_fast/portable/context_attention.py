@@ -1,0 +1,42 @@
+"""Attention of every token to every token of its image (section 2)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..validation import check_context_attention
+from .chunked_attention import chunked_attention
+from .precision import product_dtype
+
+# Float32 on a CPU from here on goes by chunks with oneDNN products; measured against the fused attention of PyTorch.
+CHUNKED_FROM = 512
+
+
+def _takes_chunks(query: Tensor) -> bool:
+    """Whether the chunked loop is the faster one; never in an exported program, which must run without this package."""
+    on_cpu = query.device.type == "cpu" and query.dtype == torch.float32 == product_dtype(query)
+    return on_cpu and query.shape[1] >= CHUNKED_FROM and not torch.compiler.is_exporting()
+
+
+def context_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """``ctx_i = sum_j softmax_j(query_i . key_j) value_j``, without a scale factor.
+
+    By `scaled_dot_product_attention` with scale 1 and one head: no ``[N, N]`` tensor on any device that has a fused
+    form. Float32 on a CPU takes `chunked_attention` on long sequences, for the rate of its products.
+
+    Args:
+        query, key, value: ``[B, N, D]``, one floating dtype.
+
+    Returns:
+        ``[B, N, D]`` in the dtype of the inputs (of autocast, where it is on).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape or device.
+    """
+    check_context_attention(query, key, value)
+    if _takes_chunks(query):
+        return chunked_attention(query, key, value)
+    query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, scale=1.0).squeeze(1)

@@ -1,0 +1,33 @@
+"""The precision rules that the portable operators share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LOG2_E = 1 / math.log(2)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 where it is float64 already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def no_autocast(x: Tensor) -> torch.autocast:
+    """A context in which products keep the dtype of their operands, also under autocast."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a product of `x` is taken: that of autocast where it is on and `x` is not float64."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def exp_(x: Tensor) -> Tensor:
+    """The exponential of `x`, in place. On a CPU exp2 takes a quarter of the time of exp."""
+    return x.mul_(LOG2_E).exp2_()

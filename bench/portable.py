@@ -19,9 +19,11 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from simmp_fast import portable, reference
+from simmp_fast import ops, portable, reference
+from simmp_fast.config import preset
+from simmp_fast.model import SimMPNet
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "portable": portable}
 Step = Callable[[], object]
@@ -134,6 +136,51 @@ def _loss(backend: str, grids: tuple[int, ...]) -> Step:
 
 row("powerset_loss, 4 heads 7..56 to 256x256, 9 classes, batch 2")(lambda backend: _loss(backend, (7, 14, 28, 56)))
 row("powerset_loss, 4 heads at 256x256, 9 classes, batch 2")(lambda backend: _loss(backend, (256,) * 4))
+
+
+# --- The network ------------------------------------------------------------------------------------
+
+
+class _Given(nn.Module):
+    """In the backbone's place: feature maps and a gated image that are just there, and take gradients."""
+
+    def __init__(self, features: list[Tensor], gated: Tensor) -> None:
+        super().__init__()
+        self.features = nn.ParameterList(features)
+        self.gated = nn.Parameter(gated)
+
+    def forward(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
+        return list(self.features), self.gated
+
+
+def _network(backend: str, with_backbone: bool, reassociate: bool | None = None) -> Step:
+    """A whole training step of the `synapse` preset, its memory structured: batch 2 at 256x256."""
+    model = SimMPNet(preset("synapse").model, backend)
+    structured = torch.tensor(model.config.warmup_steps)
+    for block in model.memory_blocks():
+        block.bank.set_extra_state(structured)
+        block.reassociate = reassociate
+    image, label = torch.rand(2, 1, 256, 256), torch.randint(9, (2, 256, 256))
+    if not with_backbone:
+        with torch.no_grad():
+            features, gated = model.backbone(model.adapter(image))
+        model.backbone = _Given(features, gated)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    keep = torch.tensor(True)
+
+    def step() -> object:
+        optimizer.zero_grad()
+        loss = ops.powerset_loss(model(image, native_heads=True), label, backend=backend)
+        loss.backward()
+        model.commit_memory(keep)
+        optimizer.step()
+        return model.wld.step(loss)
+
+    return step
+
+
+row("training step, synapse, 256x256, batch 2")(lambda backend: _network(backend, True))
+row("the same without its backbone")(lambda backend: _network(backend, False))
 
 
 # --- measuring ------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from simmp_fast import __version__
-from simmp_fast.cli import convert, demo, evaluate, info, predict, prepare, train
+from simmp_fast.cli import bench, convert, demo, evaluate, info, predict, prepare, train
 
-COMMANDS = (prepare, train, evaluate, predict, convert, info, demo)
+COMMANDS = (prepare, train, evaluate, predict, convert, info, demo, bench)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,107 @@
+"""What the options of ``simmp-fast bench`` do."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simmp_fast.cli.common import choose_device
+from simmp_fast.config import ConfigError
+
+from . import cases, compare, report, run
+from .backends import choose
+from .measure import DIRECTIONS, Settings
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def settings_of(arguments: argparse.Namespace, device: torch.device) -> Settings:
+    """How to measure, from the options.
+
+    Raises:
+        ConfigError: an option that cannot be used.
+    """
+    default = ["bfloat16", "float32"] if device.type == "cuda" and not arguments.fast else ["float32"]
+    unknown = [name for name in arguments.dtype or () if name not in DTYPES]
+    if unknown:
+        raise ConfigError(f"--dtype: got {unknown[0]!r}, expected some of {', '.join(DTYPES)}")
+    if arguments.seconds is not None and arguments.seconds <= 0:
+        raise ConfigError(f"--seconds: got {arguments.seconds}, expected more than 0")
+    if arguments.batch is not None and arguments.batch < 1:
+        raise ConfigError(f"--batch: got {arguments.batch}, expected at least 1")
+    choose(arguments.backend or (), device, "context_attention", compiled=False)
+    seconds = arguments.seconds if arguments.seconds is not None else 0.1 if arguments.fast else 2.0
+    return Settings(
+        device=device,
+        dtypes=tuple(DTYPES[name] for name in arguments.dtype or default),
+        backends=tuple(arguments.backend or ()),
+        directions=tuple(arguments.direction or DIRECTIONS),
+        seconds=seconds,
+        fast=arguments.fast,
+    )
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    """Measure and write, list the cases, or compare."""
+    if arguments.compare:
+        print(compare.compare(tuple(arguments.compare), _selection(arguments), _say))
+        return
+    device = choose_device(arguments.device)
+    shapes = [cases.parse_shape(text) for text in arguments.shape or ()]
+    selected = cases.select(
+        device.type, arguments.operator, arguments.group or (), shapes, arguments.batch, arguments.fast, arguments.all
+    )
+    if arguments.list:
+        for case in selected:
+            print(case.name)
+        return
+    settings = settings_of(arguments, device)
+    out = arguments.out or Path("bench-results")
+    with _bar(len(selected)) as progress:
+        rows = run.run(selected, settings, progress, lambda rows: run.save(out, rows) if rows else None)
+    written = run.save(out, rows)
+    print(report.summary(rows))
+    for path in written:
+        print(path)
+
+
+def _selection(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options that say what is measured, as `measure_selection` takes them in another process."""
+    kept = ("operator", "backend", "shape", "dtype", "group", "direction", "batch", "device", "seconds", "fast", "all")
+    return {name: getattr(arguments, name) for name in kept}
+
+
+def measure_selection(text: str, out: str) -> None:
+    """Measure a selection, given as JSON, into the folder `out`: how another revision of the package is measured."""
+    execute(argparse.Namespace(**json.loads(text), out=Path(out), list=False, compare=None))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _bar(total: int) -> Iterator[run.Progress]:
+    """A progress bar on a terminal; elsewhere a line a case."""
+    if not sys.stderr.isatty():
+        counter = itertools.count(1)
+        yield lambda name: _say(f"[{next(counter)}/{total}] {name}")
+        return
+    from tqdm import tqdm
+
+    begun = itertools.count()
+    with tqdm(total=total, unit="case", leave=False, dynamic_ncols=True) as bar:
+
+        def advance(name: str) -> None:
+            bar.n = next(begun)
+            bar.set_description(name)
+
+        yield advance

@@ -201,7 +201,7 @@ def ratios(name: str, pairs: int) -> list[float]:
     return sorted(_seconds(first) / _seconds(second) for _ in range(pairs))
 
 
-def _status(field: str) -> int:
+def status_bytes(field: str) -> int:
     """Bytes of VmRSS (held now) or VmHWM (the most held) of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
@@ -216,9 +216,9 @@ def peak_bytes(name: str, backend: str) -> int:
 def _print_peak(name: str, backend: str) -> None:
     step = ROWS[name](backend)
     _block(backend, 8, 16, 2, 24)()
-    before = _status("VmRSS")
+    before = status_bytes("VmRSS")
     step(), step()
-    print(max(0, _status("VmHWM") - before))
+    print(max(0, status_bytes("VmHWM") - before))
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .precision import exp_
+from .precision import exp_, no_autocast
 from .products import rows_product
 
 # Queries in a chunk, a multiple of 16 for `rows_product`. Measured at N = 3136, C = 96 on one thread: fewer starve the
@@ -99,7 +99,8 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _attention_backward(grad, *ctx.saved_tensors)
+    with no_autocast(grad):  # a backward pass may be asked for inside autocast
+        return _attention_backward(grad, *ctx.saved_tensors)
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)

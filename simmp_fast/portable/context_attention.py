@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..validation import check_context_attention
 from .chunked_attention import chunked_attention
-from .precision import product_dtype
+from .precision import no_autocast, product_dtype
 
 # Float32 on a CPU from here on goes by chunks with oneDNN products; measured against the fused attention of PyTorch.
 CHUNKED_FROM = 512
@@ -24,7 +24,9 @@ def context_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """``ctx_i = sum_j softmax_j(query_i . key_j) value_j``, without a scale factor.
 
     By `scaled_dot_product_attention` with scale 1 and one head: no ``[N, N]`` tensor on any device that has a fused
-    form. Float32 on a CPU takes `chunked_attention` on long sequences, for the rate of its products.
+    form. Float32 on a CPU takes `chunked_attention` on long sequences, for the rate of its products. Half precision on
+    a CPU is computed in float32: the fused backward takes its row means from the rounded output, which keys with a
+    common offset turn into more than twice the error of the definition.
 
     Args:
         query, key, value: ``[B, N, D]``, one floating dtype.
@@ -36,6 +38,11 @@ def context_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         TypeError, ValueError: an argument of the wrong dtype, shape or device.
     """
     check_context_attention(query, key, value)
+    dtype = product_dtype(query)
+    if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        with no_autocast(query):
+            query, key, value = (x.to(dtype).float() for x in (query, key, value))
+            return context_attention(query, key, value).to(dtype)
     if _takes_chunks(query):
         return chunked_attention(query, key, value)
     query, key, value = (x.unsqueeze(1) for x in (query, key, value))

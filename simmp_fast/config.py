@@ -182,7 +182,7 @@ PRESETS: dict[str, Config] = {
         ModelConfig(
             classes=4,
             image_size=128,
-            dmwla_size=192,
+            dmwla_size=224,
             backbone="maxvit_rmlp_pico_rw_256",
             depths=(1, 1, 2, 1),
             clusters=4,
@@ -192,7 +192,7 @@ PRESETS: dict[str, Config] = {
             slots=20,
             warmup_steps=40,
         ),
-        TrainConfig(epochs=26, batch_size=8, lr=1e-3, validate_from=1, validate_every=2, wld_from=4, keep_every=0),
+        TrainConfig(epochs=22, batch_size=8, lr=1e-3, validate_from=1, validate_every=2, wld_from=4, keep_every=0),
     ),
 }
 

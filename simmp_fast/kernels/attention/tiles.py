@@ -1,0 +1,72 @@
+"""Pieces that the forward and the backward kernels share.
+
+A head dim is held as one power of two, or as two (96 = 64 + 32, 192 = 128 + 64): tiles have power-of-two sides,
+and padding 96 to 128 would cost a third more products. The second part is absent where `DIM_B` is 0.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+def split_dim(dim: int, dtype: str) -> tuple[int, int]:
+    """The two power-of-two parts that hold `dim` channels in a dtype class; the second is 0 where one does as well.
+
+    A float32 part has at most 128 channels: without tensor cores a product holds a row of each operand in registers.
+    """
+    whole = max(16, triton.next_power_of_2(dim))
+    first = whole // 2
+    if first < 16 or (dim == whole and (dtype == "half" or whole <= 128)):
+        return whole, 0
+    second = max(16, triton.next_power_of_2(dim - first))
+    must = dtype != "half" and whole > 128
+    return (first, second) if must or first + second < whole else (whole, 0)
+
+
+@triton.jit
+def exponential(x):
+    """``exp(x)``. A score and its maximum are subtracted before they are scaled, so large scores lose nothing."""
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def load_rows(
+    base, rows, stride_n, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, MASKED: tl.constexpr
+):
+    """``[rows, WIDTH]``: channels FIRST.. of rows of `base`; 0 past DIM, and where not `valid` if MASKED."""
+    column = FIRST + tl.arange(0, WIDTH)
+    pointers = base + rows[:, None] * stride_n + column[None, :]
+    if FIRST + WIDTH > DIM:
+        tile = tl.load(pointers, mask=valid[:, None] & (column < DIM)[None, :], other=0.0)
+    elif MASKED:
+        tile = tl.load(pointers, mask=valid[:, None], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def store_rows(base, rows, stride_n, valid, tile, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """Write ``[rows, WIDTH]`` to channels FIRST.. of the valid rows of `base`, rounded to its dtype."""
+    column = FIRST + tl.arange(0, WIDTH)
+    pointers = base + rows[:, None] * stride_n + column[None, :]
+    mask = valid[:, None] & (column < DIM)[None, :]
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def product(left_a, left_b, right_a, right_b, DIM_B: tl.constexpr, PRECISION: tl.constexpr):
+    """``left right^T`` over both parts of the head dim, float32."""
+    total = tl.dot(left_a, tl.trans(right_a), input_precision=PRECISION)
+    if DIM_B:
+        total = tl.dot(left_b, tl.trans(right_b), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def next_cluster(cluster, after, clusters):
+    """The lowest cluster above `after` that occurs in the tile; `clusters` where there is none."""
+    return tl.min(tl.where((cluster > after) & (cluster < clusters), cluster, clusters), 0)

@@ -44,7 +44,7 @@ ARROWS = {
     "kernels": {"validation", "ops"},
     "model": {"config", "ops", "validation"},
     "data": {"config"},
-    "evaluation": {"config", "data", "model", "pictures"},
+    "evaluation": {"config", "data", "model", "pictures", "validation"},
     "training": {"config", "data", "evaluation", "model", "ops", "pictures"},
 }
 

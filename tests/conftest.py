@@ -1,0 +1,9 @@
+"""Settings for all tests, made before torch is imported."""
+
+from __future__ import annotations
+
+import os
+
+# The tensors of the tests are small: on a busy machine two threads wait for each other longer than they compute, and
+# results that do not depend on the number of cores can be compared between machines. Child processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -17,6 +17,9 @@ import yaml
 
 T = TypeVar("T")
 
+BACKENDS = ("auto", "reference", "portable", "triton")
+PRECISIONS = ("float32", "bfloat16")
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used: names the key, what it got and what it needs."""
@@ -160,9 +163,8 @@ class TrainConfig:
         _require(self.lr > 0, "train.lr", self.lr, "a number above 0")
         _require(self.checkpoint_minutes > 0, "train.checkpoint_minutes", self.checkpoint_minutes, "a number above 0")
         _require(self.wld_every in ("step", "epoch"), "train.wld_every", self.wld_every, "'step' or 'epoch'")
-        _require(self.precision in ("float32", "bfloat16"), "train.precision", self.precision, "float32 or bfloat16")
-        backends = ("auto", "reference", "portable", "triton")
-        _require(self.backend in backends, "train.backend", self.backend, "one of " + ", ".join(backends))
+        _require(self.precision in PRECISIONS, "train.precision", self.precision, "float32 or bfloat16")
+        _require(self.backend in BACKENDS, "train.backend", self.backend, "one of " + ", ".join(BACKENDS))
 
 
 @dataclass(frozen=True)

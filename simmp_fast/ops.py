@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from . import portable, reference
+from .config import BACKENDS
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "reference", "portable", "triton")
 # The kernels are imported by the first call that takes them: Triton may not be installed.
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "portable": portable}
 
@@ -34,8 +34,6 @@ class BackendError(RuntimeError):
 @functools.cache
 def _triton_missing() -> str | None:
     """Why the kernels cannot run in this installation, whatever the device; None if they can."""
-    if importlib.util.find_spec("simmp_fast.kernels") is None:
-        return "this version of simmp_fast has no Triton kernels yet"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     return None

@@ -6,16 +6,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simmp_fast.config import ConfigError
+from simmp_fast.config import BACKENDS, PRECISIONS, ConfigError
 
 if TYPE_CHECKING:
     import torch
 
     from simmp_fast.data.preprocess import Recipe
     from simmp_fast.model import SimMPNet
-
-BACKENDS = ("auto", "reference", "portable", "triton")
-PRECISIONS = ("float32", "bfloat16")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simmp_fast.cli.common import BACKENDS, add_command, choose_device, load_network, load_recipe
+from simmp_fast.cli.common import add_command, choose_device, load_network, load_recipe
+from simmp_fast.config import BACKENDS
 
 if TYPE_CHECKING:
     from simmp_fast.config import Config

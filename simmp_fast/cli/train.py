@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simmp_fast.cli.common import BACKENDS, add_command, choose_device
+from simmp_fast.cli.common import add_command, choose_device
 from simmp_fast.config import (
+    BACKENDS,
     Config,
     from_mapping,
     merge,

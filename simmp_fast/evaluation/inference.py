@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from simmp_fast.config import PRECISIONS
 from simmp_fast.data.errors import DataError
 from simmp_fast.validation import check_choice, check_positive
 
-PRECISIONS = ("float32", "bfloat16")
 # Axes of [B, C, H, W] that each of the four views mirrors.
 MIRRORS: tuple[tuple[int, ...], ...] = ((), (2,), (3,), (2, 3))
 

@@ -11,8 +11,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from ..config import ModelConfig
-from ..ops import BACKENDS
+from ..config import BACKENDS, ModelConfig
 from ..validation import check_choice, check_floating, check_shape
 from . import pretrained
 from .backbone import GatedBackbone

@@ -10,7 +10,7 @@ from ..validation import check_context_attention
 from .chunked_attention import chunked_attention
 from .precision import no_autocast, product_dtype
 
-# Float32 on a CPU from here on goes by chunks with oneDNN products; measured against the fused attention of PyTorch.
+# Tokens from which float32 on a CPU goes by chunks; measured against the fused attention of PyTorch.
 CHUNKED_FROM = 512
 
 
@@ -24,7 +24,7 @@ def context_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """``ctx_i = sum_j softmax_j(query_i . key_j) value_j``, without a scale factor.
 
     By `scaled_dot_product_attention` with scale 1 and one head: no ``[N, N]`` tensor on any device that has a fused
-    form. Float32 on a CPU takes `chunked_attention` on long sequences, for the rate of its products. Half precision on
+    form. Float32 on a CPU takes `chunked_attention` on long sequences, which is faster. Half precision on
     a CPU is computed in float32: the fused backward takes its row means from the rounded output, which keys with a
     common offset turn into more than twice the error of the definition.
 

@@ -191,19 +191,6 @@ def test_repeats_bit_for_bit(operator: str, case: str) -> None:
         assert all(torch.equal(gradient, runs[0][1][name]) for name, gradient in gradients.items())
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_chunked_attention_on_any_number_of_threads(threads: int) -> None:
-    """One thread and several take another spelling of the products."""
-    before = torch.get_num_threads()
-    inputs = build("context_attention", "long", seed=0, dtype=torch.float32, device="cpu")
-    torch.set_num_threads(threads)
-    try:
-        got = portable.context_attention(**inputs)
-    finally:
-        torch.set_num_threads(before)
-    torch.testing.assert_close(got, reference.context_attention(**inputs), rtol=1e-4, atol=1e-5)
-
-
 def test_wrong_arguments_say_what_is_needed() -> None:
     x = build("memory_attention", "odd", seed=0, dtype=torch.float32, device="cpu")
     with pytest.raises(ValueError, match=r"prototypes: got shape \[3, 18\], expected \[K=3, D=19\]"):

@@ -150,6 +150,20 @@ def window_similarity(x: Tensor, window: int, *, backend: str = "auto") -> Tenso
     return _implementation(backend, x).window_similarity(x, window)
 
 
+def decay_weights(
+    score: Tensor,
+    grid: tuple[int, int],
+    window: int,
+    gamma: float,
+    variant: str,
+    dtype: torch.dtype,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Weights of the tokens in DS-GIM's projections; see `simmp_fast.reference.decay_weights`."""
+    return _implementation(backend, score).decay_weights(score, grid, window, gamma, variant, dtype)
+
+
 def split_threshold(query: Tensor, key: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Row means and far-set thresholds; see `simmp_fast.reference.split_threshold`."""
     return _implementation(backend, query).split_threshold(query, key)

@@ -157,6 +157,16 @@ def check_window_similarity(x: Tensor, window: int) -> None:
         raise ValueError(f"window: got {window}, expected a divisor of H={sizes['H']} and W={sizes['W']}")
 
 
+def check_decay_weights(score: Tensor, grid: tuple[int, int], window: int, variant: str) -> None:
+    """Arguments of `decay_weights`."""
+    check_positive("window", window)
+    if grid[0] % window or grid[1] % window:
+        raise ValueError(f"window: got {window}, expected a divisor of both sides of the grid {grid[0]}x{grid[1]}")
+    check_shape("score", score, "B n_windows", n_windows=(grid[0] // window) * (grid[1] // window))
+    check_floating("score", score)
+    check_choice("variant", variant, ("paper", "released"))
+
+
 def check_split_threshold(query: Tensor, key: Tensor) -> None:
     """Arguments of `split_threshold`."""
     sizes = check_shape("query", query, "B N C")

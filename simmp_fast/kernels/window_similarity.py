@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..validation import check_choice, check_floating, check_shape, check_window_similarity
+from ..validation import check_decay_weights, check_window_similarity
 from .aot import POINTERS, Signature, register_kernel
 from .configs import Config, pick, register_table
 from .launch import check_launchable, launch
@@ -108,7 +108,7 @@ def _similarity(x: Tensor, window: int) -> Tensor:
 
 @triton.jit(do_not_specialize=["height", "width", "window", "windows_x", "windows", "gamma"])
 def decay_weights_kernel(
-    score, query_weight, key_weight, score_b, score_w, height, width, window, windows_x, windows, gamma,
+    score, weights, score_b, score_w, height, width, window, windows_x, windows, gamma,
     RELEASED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """A program ranks the windows of BLOCK_T tokens of one image; similar: fewer than half come before it."""
@@ -133,61 +133,56 @@ def decay_weights_kernel(
     else:
         of_query = tl.where(similar, gamma, 1.0)
         of_key = tl.where(similar, 1.0, gamma)
-    place = image * (height * width) + token
-    tl.store(query_weight + place, of_query.to(query_weight.dtype.element_ty), mask=valid)
-    tl.store(key_weight + place, of_key.to(key_weight.dtype.element_ty), mask=valid)
+    place = weights + (image * (height * width) + token) * 3
+    tl.store(place, of_query.to(weights.dtype.element_ty), mask=valid)
+    tl.store(place + 1, of_key.to(weights.dtype.element_ty), mask=valid)
+    tl.store(place + 2, tl.full([BLOCK_T], 1.0, weights.dtype.element_ty), mask=valid)
 
 
 def decay_weights(
     score: Tensor, grid: tuple[int, int], window: int, gamma: float, variant: str, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """The decay weights of the query and of the key branch (section 5.2; for ``"released"`` section 9, row 1).
+) -> Tensor:
+    """The weight of every token in the query, the key and the value projection (section 5.2; section 9, row 1).
 
-    The similar windows are the half with the largest scores, ties to the lower index; ``"paper"`` weighs the query by
-    `gamma` on their tokens and 1 elsewhere, and the key the other way round. No host sync.
+    One launch, no host sync; see `simmp_fast.reference.decay_weights` for what they are.
 
     Args:
         score: ``[B, n_windows]``, floating, from `window_similarity`; windows in row-major order.
         grid: height and width in tokens.
-        window: side of a window in tokens.
+        window: side of a window in tokens, a divisor of both.
         gamma: the decay.
         variant: ``"paper"`` or ``"released"``.
         dtype: dtype of the weights, floating.
 
     Returns:
-        query weight and key weight, each ``[B, H * W]``. Carries no gradient.
+        ``[B, H * W, 3]``: query, key, value. Carries no gradient.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or choice.
     """
-    height, width = grid
-    check_shape("score", score, "B n_windows", n_windows=(height // window) * (width // window))
-    check_floating("score", score)
-    check_choice("variant", variant, ("paper", "released"))
-    released = variant == "released"
-    return torch.ops.simmp_fast.decay_weights(score.detach(), height, width, window, gamma, released, dtype)
+    check_decay_weights(score, grid, window, variant)
+    return torch.ops.simmp_fast.decay_weights(score.detach(), *grid, window, gamma, variant == "released", dtype)
 
 
 def _weights_fake(
     score: Tensor, height: int, width: int, window: int, gamma: float, released: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    weight = score.new_empty((score.shape[0], height * width), dtype=dtype)
-    return weight, torch.empty_like(weight)
+) -> Tensor:
+    return score.new_empty((score.shape[0], height * width, 3), dtype=dtype)
 
 
 @operator("decay_weights", _weights_fake)
 def _weights(
     score: Tensor, height: int, width: int, window: int, gamma: float, released: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     check_launchable(score=score)
-    query_weight, key_weight = _weights_fake(score, height, width, window, gamma, released, dtype)
+    weights = _weights_fake(score, height, width, window, gamma, released, dtype)
     config = pick("decay_weights", "float32", 1, score.device)
     launch(
         decay_weights_kernel, (len(score) * -(-height * width // config.tiles["BLOCK_T"]),), config, score.device,
-        score, query_weight, key_weight, *score.stride(), height, width, window, width // window, score.shape[1], gamma,
+        score, weights, *score.stride(), height, width, window, width // window, score.shape[1], gamma,
         RELEASED=released,
     )  # fmt: skip
-    return query_weight, key_weight
+    return weights
 
 
 def _flops(x: tuple[int, ...], *_: object, **__: object) -> int:
@@ -207,7 +202,7 @@ def _similarity_signature(config: Config, dtype: str) -> Signature:
 
 
 def _weights_signature(config: Config, dtype: str) -> Signature:
-    arguments = {"score": "*fp32:16", **dict.fromkeys(("query_weight", "key_weight"), POINTERS[dtype])}
+    arguments = {"score": "*fp32:16", "weights": POINTERS[dtype]}
     arguments |= dict.fromkeys(("score_b", "height", "width", "window", "windows_x", "windows"), "i32")
     return Signature(
         decay_weights_kernel, arguments | {"gamma": "fp32"}, {"score_w": 1, "RELEASED": False}, products=False

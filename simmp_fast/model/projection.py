@@ -31,6 +31,14 @@ class _JointProduct(torch.autograd.Function):
         return grad @ trained, grad.flatten(0, -2).T @ tokens.flatten(0, -2), None
 
 
+def product_dtype(tokens: Tensor) -> torch.dtype:
+    """The dtype in which a layer multiplies `tokens`: that of autocast where it is on, else their own."""
+    kind = tokens.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return tokens.dtype
+
+
 def project(tokens: Tensor, trained: list[Tensor], frozen: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
     """Project tokens by several weights in one product.
 
@@ -44,13 +52,9 @@ def project(tokens: Tensor, trained: list[Tensor], frozen: Tensor | None) -> tup
         of autocast where it is on.
     """
     sizes = [weight.shape[0] for weight in trained]
-    kind = tokens.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        tokens, trained = tokens.to(dtype), [weight.to(dtype) for weight in trained]
-        frozen = None if frozen is None else frozen.to(dtype)
-    weights = torch.cat(trained)
+    dtype = product_dtype(tokens)
+    tokens, weights = tokens.to(dtype), torch.cat(trained).to(dtype)
     if frozen is None:
         return list(F.linear(tokens, weights).split(sizes, -1)), None
-    live, idle = _JointProduct.apply(tokens, weights, frozen)
+    live, idle = _JointProduct.apply(tokens, weights, frozen.to(dtype))
     return list(live.split(sizes, -1)), idle

@@ -7,26 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..validation import check_context_attention
-from .chunked_attention import chunked_attention
 from .precision import no_autocast, product_dtype
-
-# Tokens from which float32 on a CPU goes by chunks; measured against the fused attention of PyTorch.
-CHUNKED_FROM = 512
-
-
-def _takes_chunks(query: Tensor) -> bool:
-    """Whether the chunked loop is the faster one; never in an exported program, which must run without this package."""
-    on_cpu = query.device.type == "cpu" and query.dtype == torch.float32 == product_dtype(query)
-    return on_cpu and query.shape[1] >= CHUNKED_FROM and not torch.compiler.is_exporting()
 
 
 def context_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """``ctx_i = sum_j softmax_j(query_i . key_j) value_j``, without a scale factor.
 
     By `scaled_dot_product_attention` with scale 1 and one head: no ``[N, N]`` tensor on any device that has a fused
-    form. Float32 on a CPU takes `chunked_attention` on long sequences, which is faster. Half precision on
-    a CPU is computed in float32: the fused backward takes its row means from the rounded output, which keys with a
-    common offset turn into more than twice the error of the definition.
+    form. Half precision on a CPU is computed in float32: the fused backward takes its row means from the rounded
+    output, which keys with a common offset turn into more than twice the error of the definition.
 
     Args:
         query, key, value: ``[B, N, D]``, one floating dtype.
@@ -43,7 +32,5 @@ def context_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         with no_autocast(query):
             query, key, value = (x.to(dtype).float() for x in (query, key, value))
             return context_attention(query, key, value).to(dtype)
-    if _takes_chunks(query):
-        return chunked_attention(query, key, value)
     query, key, value = (x.unsqueeze(1) for x in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, scale=1.0).squeeze(1)

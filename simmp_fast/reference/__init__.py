@@ -6,6 +6,7 @@ does what eager PyTorch under autocast does: products in that dtype, softmax in 
 
 from .assign_clusters import assign_clusters
 from .context_attention import context_attention
+from .decay_weights import decay_weights
 from .memory_attention import memory_attention, memory_context_attention
 from .powerset_loss import powerset_loss
 from .split_attention import split_attention, split_threshold
@@ -15,6 +16,7 @@ from .window_similarity import window_similarity
 __all__ = [
     "assign_clusters",
     "context_attention",
+    "decay_weights",
     "memory_attention",
     "memory_context_attention",
     "powerset_loss",

@@ -102,7 +102,7 @@ def results(kernels: Any, parts: list[Tensor], made: list[Tensor], label: Tensor
     output = kernels.split_attention(query, key, value, *split)
     loss = kernels.powerset_loss(made, label)
     gradients = torch.autograd.grad([output, loss], [*parts, *made], [output.detach(), torch.ones_like(loss)])
-    return [score, *weights, *split, output.detach(), loss.detach(), *gradients]
+    return [score, weights, *split, output.detach(), loss.detach(), *gradients]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,7 +10,8 @@ from golden_data import golden, relative_error, released_state_dict
 from simmp_fast import reference
 from simmp_fast.config import preset
 from simmp_fast.model import DSGIM, DMWLABlock, MemoryBank, SimMPNet, UpdateWidth
-from simmp_fast.model.dsgim import decay, similar_tokens
+from simmp_fast.model.dsgim import decay
+from simmp_fast.reference.decay_weights import similar_tokens
 
 TOLERANCE = 1e-10
 STORED_FLOAT32 = 1e-6  # arrays that the golden files hold in float32

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from simmp_fast import portable, reference
 
-CHUNKED = sys.modules["simmp_fast.portable.chunked_attention"]
 SPLIT = sys.modules["simmp_fast.portable.split_attention"]
 LOSS = sys.modules["simmp_fast.portable.powerset_loss"]
 BFLOAT16 = torch.bfloat16
@@ -33,13 +32,6 @@ def test_gradcheck_attention() -> None:
     bank = (x["memory"], x["prototypes"], cluster)
     tokens = [t.detach().requires_grad_() for t in (x["query"], x["key"], x["value"])]
     assert torch.autograd.gradcheck(lambda *t: portable.memory_context_attention(*t, *bank)[0], tokens)
-
-
-def test_gradcheck_chunked_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CHUNKED, "CHUNK", 4)
-    x = build("context_attention", "small_dim", seed=0, dtype=torch.float64, device="cpu")
-    tokens = [x[name][:, :10].detach().requires_grad_() for name in ("query", "key", "value")]
-    assert torch.autograd.gradcheck(CHUNKED.chunked_attention, tokens)
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])

@@ -11,7 +11,7 @@ from simmp_fast import portable
 
 @pytest.mark.parametrize(("length", "dim"), [(784, 128), (784, 192), (3136, 96), (3136, 256)])
 def test_parity_of_context_attention(length: int, dim: int) -> None:
-    """Scores have unit variance; the seed is one whose largest gradient row caught a sum taken in one run."""
+    """Scores have unit variance; the seed is one whose largest gradient row catches a sum taken in one run."""
     generator = torch.Generator().manual_seed(2222)
     scales = {"query": dim**-0.25, "key": dim**-0.25, "value": 1.0}
     inputs = {name: torch.randn((1, length, dim), generator=generator) * scale for name, scale in scales.items()}

@@ -1,0 +1,97 @@
+"""Training with the portable operators and with the kernels stays as close to the definition as rounding lets it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from convergence import Batch, Drift, Outcome, batches, drift, excess, run, spread
+
+from simmp_fast import ops
+from simmp_fast.config import ModelConfig, TrainConfig
+
+pytest.importorskip("nilearn", reason="the demo's template comes with nilearn")
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+
+# The small preset's network at sizes that the interpreter can bear: its time goes by programs.
+MODEL = ModelConfig(
+    classes=4,
+    image_size=32,
+    dmwla_size=64,
+    backbone="maxvit_rmlp_pico_rw_256",
+    depths=(1, 1, 1, 1),
+    clusters=3,
+    feature_dim=16,
+    decoder_clusters=3,
+    decoder_feature_dim=16,
+    slots=8,
+    warmup_steps=4,
+)
+TRAIN = TrainConfig(lr=3e-4)
+CPU = torch.device("cpu")
+# The same kernels with larger tiles than the pinned ones: fewer programs, fewer turns of their loops.
+TILES = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_P": 1024, "TILE_Y": 32, "TILE_X": 32, "BLOCK": 1024}
+
+
+def with_larger_tiles(pick: Callable[..., Any]) -> Callable[..., Any]:
+    def larger(*arguments: Any) -> Any:
+        config = pick(*arguments)
+        return replace(config, tiles={name: TILES.get(name, size) for name, size in config.tiles.items()})
+
+    return larger
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[Batch]:
+    return batches(tmp_path_factory.mktemp("demo") / "cache", MODEL.image_size, 2)
+
+
+@pytest.fixture(scope="module")
+def definition(data: list[Batch]) -> Outcome:
+    return run(MODEL, TRAIN, data, "reference", CPU)
+
+
+@pytest.fixture(scope="module")
+def allowed(data: list[Batch], definition: Outcome) -> Drift:
+    return spread([definition, *(run(MODEL, TRAIN, data, "reference", CPU, nudged=seed) for seed in range(8))])
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan() -> None:
+    """Not here: the backbone's own operators need not be deterministic, and the parity tests look at every element."""
+
+
+def test_the_start_decides_the_run(data: list[Batch], definition: Outcome) -> None:
+    again = run(MODEL, TRAIN, data, "reference", CPU)
+    assert torch.equal(again.losses, definition.losses)
+    assert torch.equal(again.parameters, definition.parameters)
+
+
+def test_portable(data: list[Batch], definition: Outcome, allowed: Drift) -> None:
+    assert not excess(drift(run(MODEL, TRAIN, data, "portable", CPU), definition), allowed)
+
+
+def test_kernels(data: list[Batch], definition: Outcome, allowed: Drift, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "why_not_triton", lambda *_: None)
+    for name in ("attention", "powerset_loss"):
+        module = importlib.import_module(f"simmp_fast.kernels.{name}.operators")
+        monkeypatch.setattr(module, "pick", with_larger_tiles(module.pick))
+    assert not excess(drift(run(MODEL, TRAIN, data, "triton", CPU), definition), allowed)
+
+
+@pytest.mark.parametrize("fault", ["scores one per cent too large", "a gradient lost", "another slot written"])
+def test_the_measure_sees_a_fault(
+    data: list[Batch], definition: Outcome, allowed: Drift, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    context, update = ops.context_attention, ops.update_memory
+    if fault.startswith("scores"):
+        monkeypatch.setattr(ops, "context_attention", lambda q, k, v, **o: context(q * 1.01, k, v, **o))
+    elif fault.startswith("a gradient"):
+        monkeypatch.setattr(ops, "context_attention", lambda q, k, v, **o: context(q, k.detach(), v, **o))
+    else:
+        monkeypatch.setattr(ops, "update_memory", lambda t, m, p, k, **o: (update(t, m, p, k, **o)[0].roll(1, 1), p))
+    assert excess(drift(run(MODEL, TRAIN, data, "reference", CPU), definition), allowed)

@@ -1,0 +1,96 @@
+"""The DS-GIM module on the kernels: its values, its gradients, and how many launches a call takes."""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from simmp_fast import ops
+from simmp_fast.model import DSGIM
+
+LAUNCHING = ("window_similarity", "split_threshold", "split_attention.operators")
+
+
+@pytest.fixture(autouse=True)
+def kernels_take_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "why_not_triton", lambda *_: None)
+
+
+def module(backend: str, variant: str = "paper") -> DSGIM:
+    torch.manual_seed(0)
+    made = DSGIM(24, 7, variant=variant, backend=backend)
+    made.refine = nn.Identity()  # type: ignore[assignment]
+    return made
+
+
+def image() -> Tensor:
+    return torch.randn(2, 24, 14, 14, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_values_and_gradients(variant: str) -> None:
+    """Within float32 of the definition; the seed is one without a near-tie in the split."""
+    results = []
+    for backend in ("reference", "triton"):
+        made, x = module(backend, variant), image()
+        output = made(x, 0.8)
+        cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
+        results.append((output, *torch.autograd.grad(output, [x, *made.parameters()], cotangent)))
+    for definition, kernels in zip(*results, strict=True):
+        # A common shift of all scores of a row has no gradient: what the key's bias gets is rounding of sums near 1.
+        torch.testing.assert_close(kernels, definition, rtol=1e-4, atol=1e-4)
+
+
+class Launches(TorchDispatchMode):
+    """PyTorch's own operators that would start a kernel; those of the package count their launches themselves."""
+
+    VIEWS = ("view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "split_with_sizes", "select")
+    NONE = (
+        *VIEWS,
+        "unbind",
+        "unsqueeze",
+        "squeeze",
+        "detach",
+        "alias",
+        "empty",
+        "empty_like",
+        "new_empty",
+        "as_strided",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if func.namespace != "simmp_fast" and name not in self.NONE:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_at_most_twelve_launches(monkeypatch: pytest.MonkeyPatch, autocast: bool) -> None:
+    """A forward call without its convolutions, whose input lies channels-first."""
+    made, x = module("triton"), image()
+    context = torch.autocast("cpu", torch.float16) if autocast else nullcontext()
+    with Launches() as launches:
+        for name in LAUNCHING:
+            place = importlib.import_module(f"simmp_fast.kernels.{name}")
+
+            def counted(kernel: Any, *args: Any, _launch: Any = place.launch, **kwargs: Any) -> None:
+                before = len(launches.names)
+                _launch(kernel, *args, **kwargs)
+                launches.names[before:] = [str(kernel)]
+
+            monkeypatch.setattr(place, "launch", counted)
+        with context:
+            made(x, 0.8)
+    print(launches.names)
+    assert 4 <= len(launches.names) <= 12, launches.names

@@ -1,8 +1,9 @@
 """The portable backend against the definition on a CPU: ``python -m bench.portable`` prints a table.
 
-Both backends run in turns in one process, so a busy machine slows both; a row says how many times faster the portable
-backend is (median of the pairs, and their 20th and 80th percentile). ``--threads 1`` compares processor time in place
-of the clock's: on a busy machine two threads wait for one another, and most so where the work between is short.
+Each row has a process of its own, in which both backends run in turns, so a busy machine slows both; a row says how
+many times faster the portable backend is (median of the pairs, and their 20th and 80th percentile). ``--threads 1``
+compares processor time in place of the clock's: on a busy machine two threads wait for one another, and most so where
+the work between is short.
 Peak memory is measured in a fresh process for each backend (Linux): the most that the process held at once, beyond
 what it held with the inputs in place and both libraries loaded.
 """
@@ -29,6 +30,8 @@ BACKENDS: dict[str, ModuleType] = {"reference": reference, "portable": portable}
 Step = Callable[[], object]
 Row = Callable[[str], Step]
 ROWS: dict[str, Row] = {}
+# For so long, pairs of a short step are taken.
+SECONDS = 3.0
 
 
 def row(name: str) -> Callable[[Row], Row]:
@@ -186,7 +189,8 @@ row("the same without its backbone")(lambda backend: _network(backend, False))
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def _seconds(step: Step) -> float:
+def seconds(step: Step) -> float:
+    """Time of one step: the clock's, or on one thread the processor's."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
     step()
@@ -194,11 +198,14 @@ def _seconds(step: Step) -> float:
 
 
 def ratios(name: str, pairs: int) -> list[float]:
-    """Time of the definition over time of the portable backend, pair by pair, rising."""
+    """Time of the definition over time of the portable backend, pair by pair, rising; short steps take more pairs."""
     torch.manual_seed(0)
     first, second = (ROWS[name](backend) for backend in ("reference", "portable"))
     first(), second()
-    return sorted(_seconds(first) / _seconds(second) for _ in range(pairs))
+    found, end = [], time.monotonic() + SECONDS
+    while len(found) < pairs or (time.monotonic() < end and len(found) < 20 * pairs):
+        found.append(seconds(first) / seconds(second))
+    return sorted(found)
 
 
 def status_bytes(field: str) -> int:
@@ -207,10 +214,10 @@ def status_bytes(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def peak_bytes(name: str, backend: str) -> int:
-    """Peak memory of two steps in a fresh process."""
-    command = [sys.executable, "-m", "bench.portable", "--peak", backend, "--only", name]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+def _fresh(name: str, threads: int, *options: str) -> list[str]:
+    """What a fresh process prints for one row: what ran before changes how the allocator meets large tensors."""
+    command = [sys.executable, "-m", "bench.portable", "--row", name, "--threads", str(threads), *options]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
 
 def _print_peak(name: str, backend: str) -> None:
@@ -222,24 +229,27 @@ def _print_peak(name: str, backend: str) -> None:
 
 
 def main() -> None:
-    """Print the table, or one peak for the process that asked."""
+    """Print the table, or the figures of one row for the process that asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--pairs", type=int, default=9, help="fewest pairs of a row")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", default="", help="rows whose name holds this text")
-    parser.add_argument("--peak", choices=sorted(BACKENDS), help=argparse.SUPPRESS)
+    parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", choices=BACKENDS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    names = [name for name in ROWS if arguments.only in name]
     if arguments.peak:
-        _print_peak(names[0], arguments.peak)
+        _print_peak(arguments.row, arguments.peak)
+        return
+    if arguments.row:
+        print(*ratios(arguments.row, arguments.pairs))
         return
     print("| forward and backward, float32 | times faster | 20th..80th percentile | peak MiB, definition | portable |")
     print("|---|---|---|---|---|")
-    for name in names:
-        found = ratios(name, arguments.pairs)
+    for name in (name for name in ROWS if arguments.only in name):
+        found = [float(ratio) for ratio in _fresh(name, arguments.threads, "--pairs", str(arguments.pairs))]
         low, high = found[len(found) // 5], found[-1 - len(found) // 5]
-        peaks = [peak_bytes(name, backend) / 2**20 for backend in ("reference", "portable")]
+        peaks = [int(_fresh(name, arguments.threads, "--peak", backend)[-1]) / 2**20 for backend in BACKENDS]
         print(
             f"| {name} | {statistics.median(found):.1f} | {low:.1f}..{high:.1f} | {peaks[0]:.0f} | {peaks[1]:.0f} |",
             flush=True,

@@ -1,8 +1,8 @@
 """A DMW-LA block on the portable backend, both ways: ``python -m bench.reassociation`` prints two tables.
 
 The first compares context attention in D dimensions with the same sum in C dimensions (performance identity 3), in
-turns in one process on one thread, by processor time. The second shows how the block's peak memory grows with N, each
-length in a fresh process (Linux).
+turns in one process, by the clock or, with ``--threads 1``, by processor time. The second shows how the block's peak
+memory grows with N, each length in a fresh process (Linux).
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import argparse
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 
-from bench.portable import status_bytes
+from bench.portable import seconds, status_bytes
 from simmp_fast.model import DMWLABlock, MemoryBank
 
 # (C, D, K, side of the grid): the blocks of the presets in which C < D.
@@ -40,19 +39,13 @@ def training_step(channels: int, dim: int, clusters: int, grid: int, reassociate
     return step
 
 
-def _seconds(step: Callable[[], None]) -> float:
-    start = time.process_time()
-    step()
-    return time.process_time() - start
-
-
 def _print_ratios(pairs: int) -> None:
     print("| block, forward, backward and memory update | C dims over D dims, times faster | least..most |")
     print("|---|---|---|")
     for channels, dim, clusters, grid in BLOCKS:
         plain, reassociated = (training_step(channels, dim, clusters, grid, flag) for flag in (False, True))
         plain(), reassociated()
-        found = [_seconds(plain) / _seconds(reassociated) for _ in range(pairs)]
+        found = [seconds(plain) / seconds(reassociated) for _ in range(pairs)]
         name = f"{grid}x{grid}, C={channels}, D={dim}, K={clusters}"
         print(f"| {name} | {statistics.median(found):.1f} | {min(found):.1f}..{max(found):.1f} |", flush=True)
 
@@ -70,9 +63,10 @@ def main() -> None:
     """Print both tables, or one peak for the process that asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     if arguments.peak:
         _print_peak(arguments.peak)
         return

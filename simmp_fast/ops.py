@@ -1,7 +1,8 @@
 """The one door to the operators: every call names its backend, checks it can run here, and goes there.
 
 `reference` is the definition, `portable` fast PyTorch for any device, `triton` the fused kernels for NVIDIA GPUs.
-`auto` takes portable everywhere for now: the kernels pass every test that needs no GPU, but have not run on one yet.
+`auto` takes Triton on CUDA tensors that the kernels support, portable elsewhere, and says once in the log why where a CUDA
+tensor falls to portable.
 Asking for a backend that cannot run is an error that says why; nothing falls back in silence.
 """
 
@@ -24,6 +25,12 @@ logger = logging.getLogger(__name__)
 
 # The kernels are imported by the first call that takes them: Triton may not be installed.
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "portable": portable}
+# What the kernels hold at once bounds these sizes: channels of a head, clusters of a bank, classes of the loss.
+WIDEST_HEAD, MOST_CLUSTERS, MOST_CLASSES = 256, 64, 32
+_UNTRIED = (
+    "backend 'auto' takes the Triton kernels, which pass every test that needs no GPU and have not run on one yet "
+    "(docs/environment.md); backend 'portable' does without them"
+)
 
 
 class BackendError(RuntimeError):
@@ -67,8 +74,15 @@ def _log_once(message: str) -> None:
     logger.warning(message)
 
 
-def choose_backend(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+def choose_backend(
+    backend: str, device: torch.device, dtype: torch.dtype = torch.float32, too_large: str | None = None
+) -> str:
     """The backend that a call with `backend` takes on tensors of this device and dtype.
+
+    Args:
+        backend: one of `BACKENDS`.
+        device, dtype: of the tensors.
+        too_large: what the kernels cannot hold of these tensors, in words; None if they can.
 
     Raises:
         ValueError: `backend` is no backend's name.
@@ -78,14 +92,12 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype = torc
         raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
     if backend in ("reference", "portable"):
         return backend
-    if backend == "triton":
-        reason = why_not_triton(device, dtype)
-        if reason is not None:
-            raise BackendError(f"backend: 'triton' cannot run here: {reason}")
-        return backend
-    if device.type == "cuda" and not torch.compiler.is_compiling():
-        _log_once(f"backend 'auto' takes portable on {device.type}: the Triton kernels were never run on a GPU yet")
-    return "portable"
+    reason = why_not_triton(device, dtype) or too_large
+    if backend == "triton" and reason is not None:
+        raise BackendError(f"backend: 'triton' cannot run here: {reason}")
+    if device.type == "cuda" and backend == "auto" and not torch.compiler.is_compiling():
+        _log_once(f"backend 'auto' takes portable: {reason}" if reason else _UNTRIED)
+    return "triton" if reason is None else "portable"
 
 
 @torch.compiler.assume_constant_result
@@ -93,26 +105,36 @@ def _kernels() -> ModuleType:
     return importlib.import_module("simmp_fast.kernels")
 
 
-def _implementation(backend: str, tensor: Tensor) -> ModuleType:
-    name = choose_backend(backend, tensor.device, tensor.dtype)
+def _implementation(backend: str, tensor: Tensor, too_large: str | None = None) -> ModuleType:
+    name = choose_backend(backend, tensor.device, tensor.dtype, too_large)
     return _kernels() if name == "triton" else _IMPLEMENTATIONS[name]
+
+
+def _wide(tokens: Tensor, prototypes: Tensor | None = None) -> str | None:
+    """Why the kernels cannot hold these tokens or this bank; None if they can."""
+    if tokens.dim() == 3 and tokens.shape[-1] > WIDEST_HEAD:
+        return f"got {tokens.shape[-1]} channels a token, the kernels take at most {WIDEST_HEAD}"
+    if prototypes is not None and prototypes.dim() == 2 and prototypes.shape[0] > MOST_CLUSTERS:
+        return f"got {prototypes.shape[0]} clusters, the kernels take at most {MOST_CLUSTERS}"
+    return None
 
 
 def assign_clusters(query: Tensor, prototypes: Tensor, *, metric: str = "cosine", backend: str = "auto") -> Tensor:
     """The cluster of every token; see `simmp_fast.reference.assign_clusters`."""
-    return _implementation(backend, query).assign_clusters(query, prototypes, metric=metric)
+    return _implementation(backend, query, _wide(query, prototypes)).assign_clusters(query, prototypes, metric=metric)
 
 
 def context_attention(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto") -> Tensor:
     """Unscaled attention among the tokens of an image; see `simmp_fast.reference.context_attention`."""
-    return _implementation(backend, query).context_attention(query, key, value)
+    return _implementation(backend, query, _wide(query)).context_attention(query, key, value)
 
 
 def memory_attention(
     query: Tensor, memory: Tensor, prototypes: Tensor, cluster: Tensor | None = None, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Attention of a token to the slots of its cluster; see `simmp_fast.reference.memory_attention`."""
-    return _implementation(backend, query).memory_attention(query, memory, prototypes, cluster)
+    implementation = _implementation(backend, query, _wide(query, prototypes))
+    return implementation.memory_attention(query, memory, prototypes, cluster)
 
 
 def memory_context_attention(
@@ -126,7 +148,7 @@ def memory_context_attention(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Context plus memory attention in one call; see `simmp_fast.reference.memory_context_attention`."""
-    implementation = _implementation(backend, query)
+    implementation = _implementation(backend, query, _wide(query, prototypes))
     return implementation.memory_context_attention(query, key, value, memory, prototypes, cluster)
 
 
@@ -141,7 +163,7 @@ def update_memory(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The memory bank after a training step; see `simmp_fast.reference.update_memory`."""
-    implementation = _implementation(backend, tokens)
+    implementation = _implementation(backend, tokens, _wide(tokens, prototypes))
     return implementation.update_memory(tokens, memory, prototypes, k, rate=rate, cluster=cluster)
 
 
@@ -194,5 +216,8 @@ def powerset_loss(
     backend: str = "auto",
 ) -> Tensor:
     """The loss over all subsets of the heads; see `simmp_fast.reference.powerset_loss`."""
-    implementation = _implementation(backend, heads[0] if heads else label)
+    first = heads[0] if heads else label
+    many = heads and first.dim() == 4 and first.shape[1] > MOST_CLASSES
+    too_large = f"got {first.shape[1]} classes, the kernels take at most {MOST_CLASSES}" if many else None
+    implementation = _implementation(backend, first, too_large)
     return implementation.powerset_loss(heads, label, ce_weight=ce_weight, dice_weight=dice_weight, smooth=smooth)

@@ -26,6 +26,10 @@ from .launch import FP_FUSION, dot_precision
 DTYPES = {"half": ("bfloat16", "float16"), "float32": ("float32",), "tf32": ("tf32",), "any": ("bfloat16", "float32")}
 POINTERS = {"bfloat16": "*bf16:16", "float16": "*fp16:16", "float32": "*fp32:16", "tf32": "*fp32:16"}
 MATRIX = ("wgmma", "tcgen05", "mma.sync")
+# Products of half precision that do not use the target's matrix instruction: none may be left.
+UNMATCHED = "unmatched"
+# The matrix instructions of a target, by the major number of its compute capability; the others have `mma.sync` alone.
+WANTED = {9: ("wgmma",), 10: ("tcgen05", "mma.sync")}
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,28 @@ def compile_case(case: Case) -> Resources:
     text = compiled.asm["ptx"]
     patterns = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
     counts = {name: text.count(pattern) for name, pattern in patterns.items()}
+    wanted = WANTED.get(case.capability[0], ("mma.sync",))
+    counts[UNMATCHED] = sum(found not in wanted for found in half_products(compiled.asm["ttgir"]))
     return Resources(registers, stack, compiled.metadata.shared, counts)
+
+
+def half_products(ttgir: str) -> list[str]:
+    """The instruction that each product of half-precision operands becomes, in the order of the compiled program.
+
+    The last form before machine code says it: a product by warp groups, one in tensor memory, or one whose result lies
+    as `mma.sync` leaves it; any other layout is multiplied number by number ("fma").
+    """
+    layouts = re.findall(r"^(#\w+) = #ttg\.nvidia_mma<", ttgir, re.MULTILINE)
+    found = []
+    for line in ttgir.splitlines():
+        product = re.search(r"\b(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)\b.* : (.*)", line)
+        if product is None or not re.search(r"x(bf16|f16)[,>]", product[2].split(" * ")[0].split("->")[0]):
+            continue
+        if product[1] == "tt.dot":
+            found.append("mma.sync" if any(f"{name}>" in product[2].split("->")[-1] for name in layouts) else "fma")
+        else:
+            found.append("wgmma" if product[1] == "ttng.warp_group_dot" else "tcgen05")
+    return found
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
@@ -174,7 +199,8 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 
 def faults(case: Case, found: Resources) -> list[str]:
-    """What a case breaks: stack beyond its allowance, shared memory beyond the row or device, no matrix instruction."""
+    """What a case breaks: stack beyond its allowance, shared memory beyond the row or device, a product in
+    half precision without the matrix instruction of the target."""
     wrong = []
     if found.stack > case.config.stack:
         wrong.append(f"{case.label}: stack of {found.stack} bytes, allowed {case.config.stack}")
@@ -185,7 +211,9 @@ def faults(case: Case, found: Resources) -> list[str]:
     if found.shared > case.config.shared:
         wrong.append(f"{case.label}: {found.shared} bytes of shared memory, its row says {case.config.shared}")
     if case.dtype in ("bfloat16", "float16") and signature(case).products:
-        wanted = {9: ("wgmma",), 10: ("tcgen05", "mma.sync")}.get(case.capability[0], ("mma.sync",))
+        wanted = WANTED.get(case.capability[0], ("mma.sync",))
         if not any(found.instructions[name] for name in wanted):
             wrong.append(f"{case.label}: no {' or '.join(wanted)} in its products")
+    if found.instructions[UNMATCHED]:
+        wrong.append(f"{case.label}: {found.instructions[UNMATCHED]} of its half-precision products by other means")
     return wrong

@@ -20,13 +20,14 @@ from pathlib import Path
 
 import triton
 
-from .aot import MATRIX, Case, Resources, compile_case, faults, fingerprint, plan
+from .aot import MATRIX, UNMATCHED, Case, Resources, compile_case, faults, fingerprint, plan
 
+MIX = (*MATRIX, UNMATCHED)
 REPORT = Path(__file__).parents[2] / "docs" / "kernels" / "resources.txt"
 HEADER = """Resources of the compiled kernels, by ahead-of-time compilation: not a measurement of speed.
 Regenerate: python -m simmp_fast.kernels.compile
 Columns: kernel, width class, dtype, target | tiles, warps, stages | registers a thread, stack and shared bytes | matrix
-instructions in the PTX | fingerprint of the source
+instructions in the PTX, and "unmatched" products of half precision that use another (none may) | fingerprint of the source
 """
 
 
@@ -43,7 +44,7 @@ def version_line() -> str:
 def line(case: Case, found: Resources) -> str:
     """One case as the report prints it."""
     tiles = " ".join(f"{k}={v}" for k, v in case.config.tiles.items())
-    mix = " ".join(f"{name} {found.instructions[name]}" for name in MATRIX if found.instructions[name]) or "none"
+    mix = " ".join(f"{name} {found.instructions[name]}" for name in MIX if found.instructions[name]) or "none"
     return (
         f"{case.label} | {tiles} warps {case.config.warps} stages {case.config.stages} | registers {found.registers} "
         f"stack {found.stack} shared {found.shared} | {mix} | {fingerprint(case)}"
@@ -54,7 +55,7 @@ def parse(text: str) -> Resources:
     """What a line of the report says."""
     numbers = text.split("|")[2].split()
     mix = text.split("|")[3].split()
-    counts = dict.fromkeys(MATRIX, 0)
+    counts = dict.fromkeys(MIX, 0)
     if mix != ["none"]:
         counts.update({name: int(count) for name, count in zip(mix[::2], mix[1::2], strict=True)})
     return Resources(int(numbers[1]), int(numbers[3]), int(numbers[5]), counts)

@@ -32,5 +32,7 @@ def context_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         with no_autocast(query):
             query, key, value = (x.to(dtype).float() for x in (query, key, value))
             return context_attention(query, key, value).to(dtype)
-    query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+    # The fused forms need a last dimension without gaps; without it (channels-first maps seen as tokens) PyTorch would
+    # take the one that holds all scores.
+    query, key, value = ((x if x.stride(-1) == 1 else x.contiguous()).unsqueeze(1) for x in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, scale=1.0).squeeze(1)

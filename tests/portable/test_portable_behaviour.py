@@ -156,6 +156,13 @@ def test_no_tensor_grows_faster_than_the_tokens(operator: str) -> None:
         assert largest[1] < 3072 * 4 * 16
 
 
+def test_channels_first_tokens_hold_no_scores() -> None:
+    inputs = {name: x.mT.contiguous().mT for name, x in tokens_of(1536).items()}
+    with LargestTensor() as record:
+        named_gradients("context_attention", portable.context_attention, inputs, expand=True)
+    assert record.elements < 1536 * 1536
+
+
 @pytest.mark.parametrize("operator", ["context_attention", "split_attention"])
 def test_the_measure_sees_a_score_matrix(operator: str) -> None:
     with LargestTensor() as record:

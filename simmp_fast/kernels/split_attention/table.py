@@ -18,7 +18,8 @@ WIDEST = 384  # the widest class; more channels take its row
 
 # kernel dtype width capabilities tiles warps stages shared_KiB stack provenance
 _SHARED = """
-{kernel} half 64  all     BLOCK_M=64,BLOCK_N=32,BLOCK_C=64,BLOCK_K=32,GROUP=1  4 2 64 0 ahead-of-time
+{kernel} half 64  wide    BLOCK_M=64,BLOCK_N=64,BLOCK_C=64,BLOCK_K=32,GROUP=1  4 2 64 0 ahead-of-time
+{kernel} half 64  mma     BLOCK_M=64,BLOCK_N=32,BLOCK_C=64,BLOCK_K=32,GROUP=1  4 2 64 0 ahead-of-time
 {kernel} half 384 9.0,10.0 BLOCK_M=64,BLOCK_N=64,BLOCK_C=128,BLOCK_K=64,GROUP=3 8 3 96 0 ahead-of-time
 {kernel} half 384 8.0,8.6,8.9 BLOCK_M=64,BLOCK_N=32,BLOCK_C=128,BLOCK_K=64,GROUP=3 8 3 96 0 ahead-of-time
 {kernel} half 384 12.0    BLOCK_M=64,BLOCK_N=16,BLOCK_C=128,BLOCK_K=64,GROUP=3 8 2 96 0 ahead-of-time

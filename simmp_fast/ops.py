@@ -1,15 +1,14 @@
 """The one door to the operators: every call names its backend, checks it can run here, and goes there.
 
 `reference` is the definition, `portable` fast PyTorch for any device, `triton` the fused kernels for NVIDIA GPUs.
-`auto` takes Triton on CUDA tensors that the kernels support, portable elsewhere, and says once in the log why where a CUDA
-tensor falls to portable.
+`auto` takes Triton on CUDA tensors that the kernels support, portable elsewhere, and says once in the log why where a
+CUDA tensor falls to portable.
 Asking for a backend that cannot run is an error that says why; nothing falls back in silence.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import logging
 from collections.abc import Sequence
@@ -23,7 +22,6 @@ from .config import BACKENDS
 
 logger = logging.getLogger(__name__)
 
-# The kernels are imported by the first call that takes them: Triton may not be installed.
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "portable": portable}
 # What the kernels hold at once bounds these sizes: channels of a head, clusters of a bank, classes of the loss.
 WIDEST_HEAD, MOST_CLUSTERS, MOST_CLASSES = 256, 64, 32
@@ -100,14 +98,13 @@ def choose_backend(
     return "triton" if reason is None else "portable"
 
 
-@torch.compiler.assume_constant_result
-def _kernels() -> ModuleType:
-    return importlib.import_module("simmp_fast.kernels")
-
-
 def _implementation(backend: str, tensor: Tensor, too_large: str | None = None) -> ModuleType:
     name = choose_backend(backend, tensor.device, tensor.dtype, too_large)
-    return _kernels() if name == "triton" else _IMPLEMENTATIONS[name]
+    if name == "triton":
+        from . import kernels  # by the first call that takes them: Triton may not be installed
+
+        return kernels
+    return _IMPLEMENTATIONS[name]
 
 
 def _wide(tokens: Tensor, prototypes: Tensor | None = None) -> str | None:

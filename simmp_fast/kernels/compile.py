@@ -27,7 +27,7 @@ REPORT = Path(__file__).parents[2] / "docs" / "kernels" / "resources.txt"
 HEADER = """Resources of the compiled kernels, by ahead-of-time compilation: not a measurement of speed.
 Regenerate: python -m simmp_fast.kernels.compile
 Columns: kernel, width class, dtype, target | tiles, warps, stages | registers a thread, stack and shared bytes | matrix
-instructions in the PTX, and "unmatched" products of half precision that use another (none may) | fingerprint of the source
+instructions in the PTX ("unmatched": products of half precision by any other, none may be) | fingerprint of the source
 """
 
 

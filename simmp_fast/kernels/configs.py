@@ -5,13 +5,16 @@ Each family of kernels keeps its rows as text in its own `table.py` and calls `r
 kernel, the dtype class, the largest head dim (or other width) it serves, the compute capabilities it is for, the
 tile sizes, warps and pipeline stages, the shared memory it needs there, the stack a thread spills (0 unless
 explained) and where the row comes from. Lengths (N, B, T) are never a key: a step with another image size never
-meets an untried configuration.
+meets an untried configuration. Rows that `tune` measured on a device stand in `measured.txt` and come first there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -57,6 +60,9 @@ class Config:
 
 
 _TABLES: dict[str, list[Config]] = {}
+_FORCED: dict[str, Config] = {}
+# Written by `python -m simmp_fast.kernels.tune`, read when the kernels are imported.
+MEASURED = Path(__file__).with_name("measured.txt")
 
 
 def _capabilities(text: str) -> tuple[tuple[int, int], ...]:
@@ -145,7 +151,7 @@ def lookup(kernel: str, dtype: str, width: int, capability: tuple[int, int], lim
         raise ValueError(
             f"{kernel}: no configuration of width {fitting[0]} in {dtype} fits {limit} bytes of shared memory"
         )
-    return min(allowed, key=lambda row: _distance(row, capability))
+    return min(allowed, key=lambda row: (_distance(row, capability), row.provenance != "measured"))
 
 
 @functools.cache
@@ -157,12 +163,24 @@ def device_limits(index: int) -> tuple[tuple[int, int], int]:
     return capability, limit or SHARED_LIMITS.get(capability, 99 * 1024)
 
 
+@contextlib.contextmanager
+def forced(config: Config) -> Iterator[None]:
+    """Launch a kernel with this configuration, whatever the table says; for `tune`."""
+    _FORCED[config.kernel] = config
+    try:
+        yield
+    finally:
+        del _FORCED[config.kernel]
+
+
 def pick(kernel: str, dtype: str, width: int, device: torch.device) -> Config:
     """`lookup` for the device at hand.
 
     The interpreter takes the configurations of half precision for every dtype: it has no memory to run out of, and its
     cost goes with the number of programs, which the larger tiles keep low.
     """
+    if kernel in _FORCED:
+        return _FORCED[kernel]
     if device.type != "cuda":
         kind = "half" if any(row.dtype == "half" for row in rows(kernel)) else dtype
         return lookup(kernel, kind, width, (8, 6), SHARED_LIMITS[8, 6])

@@ -3,13 +3,12 @@
 Same names, signatures and results as the definition. No operator waits for the device or makes a shape depend on data:
 sizes that depend on data are replaced by bounds and masks. Loops over chunks, whose number would bloat a traced graph,
 are `torch.library` operators (``simmp_fast::portable_*``) with their own backward: one node each. Exported programs
-take the plain path, so that they run without this package; the loss alone has none. `decay_weights` is the
-definition's own: it has nothing to fuse and never asked the device for a number.
+take the plain path, so that they run without this package; the loss alone has none.
 """
 
-from ..reference import decay_weights
 from .assign_clusters import assign_clusters
 from .context_attention import context_attention
+from .decay_weights import decay_weights
 from .memory_attention import memory_attention, memory_context_attention
 from .powerset_loss import powerset_loss
 from .split_attention import split_attention

@@ -74,6 +74,16 @@ def test_constants_get_no_gradient() -> None:
     assert prototypes.grad is None
 
 
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize(("grid", "window"), [((6, 8), 2), ((14, 7), 7), ((10, 10), 1)])
+def test_decay_weights_are_the_definitions(variant: str, grid: tuple[int, int], window: int) -> None:
+    count = (grid[0] // window) * (grid[1] // window)
+    score = torch.randint(0, 4, (3, count), generator=torch.Generator().manual_seed(0)).float()  # many ties
+    for given in (score, score[:0]):
+        got = portable.decay_weights(given, grid, window, 0.7, variant, torch.float32)
+        assert torch.equal(got, reference.decay_weights(given, grid, window, 0.7, variant, torch.float32))
+
+
 # --- dtypes ---------------------------------------------------------------------------------------
 
 

@@ -114,6 +114,7 @@ def _against_n(rows: Sequence[Row], value: str, label: str, title: str) -> Figur
         ticks = sorted({row.shape["N"] for row in mine})
         panel.set_xticks(ticks, [f"{n:,}" for n in ticks], rotation=45 if len(ticks) > 4 else 0)
         panel.minorticks_off()
+        _few_decades(panel)
         suffix = "" if mine[0].direction == "forward" else ", forward + backward"
         panel.set_title(f"{operator}{suffix if len(operators) < 3 else ''}", fontsize=10)
         panel.set_xlabel("tokens N", fontsize=9)
@@ -121,6 +122,16 @@ def _against_n(rows: Sequence[Row], value: str, label: str, title: str) -> Figur
     names, handles = _legend_of(axes)
     _head(figure, handles, f"{title}, batch {swept[0].shape['B']}, {dtype}", len(names))
     return figure
+
+
+def _few_decades(panel: Axes) -> None:
+    """Ticks at 1, 2 and 5 where a logarithmic axis spans too little for its powers of ten to say where it is."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    low, high = panel.get_ylim()
+    if high < 100 * low:
+        panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value < 1e4 else f"{value:.0e}"))
 
 
 def _head(figure: Figure, handles: list[Any], title: str, columns: int) -> None:

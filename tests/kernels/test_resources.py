@@ -8,7 +8,9 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from simmp_fast.kernels.aot import Case, faults, plan  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+from simmp_fast.kernels.aot import Case, faults, half_products, plan  # noqa: E402
 from simmp_fast.kernels.compile import (  # noqa: E402
     compile_cases,
     is_current,
@@ -58,3 +60,37 @@ def test_every_configuration_is_within_its_limits() -> None:
 def test_a_covering_subset_compiles_to_what_the_report_says() -> None:
     for case, found in compile_cases(covering(), jobs=min(2, os.cpu_count() or 1)):
         assert line(case, found) == LINES[case.label]
+
+
+@triton.jit
+def _product(a, b, c, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ELEMENT: tl.constexpr):
+    rows, columns, inner = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    left = tl.load(a + rows[:, None] * K + inner[None, :]).to(ELEMENT)
+    right = tl.load(b + inner[:, None] * N + columns[None, :]).to(ELEMENT)
+    tl.store(c + rows[:, None] * N + columns[None, :], tl.dot(left, right))
+
+
+@pytest.mark.parametrize(
+    ("capability", "rows", "element", "expected"),
+    [
+        (80, 64, tl.bfloat16, ["mma.sync"]),
+        (90, 64, tl.bfloat16, ["wgmma"]),
+        (90, 16, tl.bfloat16, ["mma.sync"]),  # too few rows for a warp group
+        (80, 64, tl.float16, ["mma.sync"]),
+        (80, 64, tl.float32, []),  # no product of half precision
+    ],
+)
+def test_half_products_are_found_and_told_apart(
+    capability: int, rows: int, element: tl.dtype, expected: list[str]
+) -> None:
+    constants = {"M": rows, "N": 64, "K": 32, "ELEMENT": element}
+    types = {"a": "*fp32", "b": "*fp32", "c": "*fp32", **dict.fromkeys(constants, "constexpr")}
+    source = triton.compiler.ASTSource(_product, types, constants)
+    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": 4, "enable_fp_fusion": True})
+    assert half_products(compiled.asm["ttgir"]) == expected
+
+
+def test_a_product_number_by_number_is_named() -> None:
+    line = "%0 = tt.dot %a, %b, %c : tensor<8x8xbf16, #x> * tensor<8x8xbf16, #y> -> tensor<8x8xf32, #blocked>"
+    assert half_products("#mma = #ttg.nvidia_mma<{versionMajor = 2}>\n" + line) == ["fma"]

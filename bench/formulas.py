@@ -96,6 +96,12 @@ def _window(s: Sizes, e: int) -> Cost:
     return Cost(e * values + 4 * windows, 4 * values)
 
 
+def _decay(s: Sizes, e: int) -> Cost:
+    """Scores read, three weights a token written; every token's window is compared with all windows."""
+    windows, tokens = (s["H"] // s["window"]) * (s["W"] // s["window"]), s["H"] * s["W"]
+    return Cost(s["B"] * (4 * windows + 3 * e * tokens), s["B"] * tokens * windows)
+
+
 def _threshold(s: Sizes, e: int) -> Cost:
     return Cost(2 * e * _tokens(s, "C") + 8 * s["B"] * s["N"], 3 * _tokens(s, "C"))
 
@@ -174,6 +180,7 @@ FORMULAS: dict[str, Formula] = {
     "memory_context_attention": Formula(_joint_forward, _joint_backward),
     "update_memory": Formula(_update),
     "window_similarity": Formula(_window),
+    "decay_weights": Formula(_decay),
     "split_threshold": Formula(_threshold),
     "split_attention": Formula(_split_forward, _split_backward),
     "powerset_loss": Formula(_loss_forward, _loss_backward),

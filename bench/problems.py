@@ -172,6 +172,13 @@ def _window(s: Sizes, draw: _Draw) -> Problem:
     return Problem("window_similarity", {"x": draw.normal(s["B"], s["C"], s["H"], s["W"]), "window": s["window"]})
 
 
+def _decay(s: Sizes, draw: _Draw) -> Problem:
+    grid = s["H"], s["W"]
+    score = torch.rand(s["B"], (grid[0] // s["window"]) * (grid[1] // s["window"]), device=draw.device)
+    constants = {"grid": grid, "window": s["window"], "gamma": 0.8, "variant": "paper", "dtype": draw.dtype}
+    return Problem("decay_weights", {"score": score, **constants})
+
+
 def _threshold(s: Sizes, draw: _Draw) -> Problem:
     return Problem("split_threshold", {name: draw.tokens(s, "C") for name in ("query", "key")})
 
@@ -238,6 +245,7 @@ PROBLEMS: dict[str, Callable[[Sizes, _Draw], Problem]] = {
     "memory_context_attention": _joint,
     "update_memory": _update,
     "window_similarity": _window,
+    "decay_weights": _decay,
     "split_threshold": _threshold,
     "split_attention": _split,
     "powerset_loss": _loss,

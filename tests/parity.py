@@ -159,7 +159,7 @@ def check_inputs(
 
 def _copy(value: Any) -> Any:
     if isinstance(value, list):
-        return [v.clone() for v in value]
+        return [_copy(v) for v in value]
     return value.clone() if isinstance(value, Tensor) else value
 
 
@@ -216,6 +216,13 @@ def _check_assign(what: str, candidate: Callable[..., Any], inputs: dict[str, An
 def _check_window(what: str, candidate: Callable[..., Any], inputs: dict[str, Any]) -> None:
     own, truth = reference.window_similarity(**inputs), reference.window_similarity(**_in_float64(inputs))
     check_close(f"{what} score", candidate(**inputs), own, truth)
+
+
+def _check_decay(what: str, candidate: Callable[..., Any], inputs: dict[str, Any]) -> None:
+    """A choice among given scores: it must be the definition's to the last bit."""
+    got, own = candidate(**inputs), reference.decay_weights(**inputs)
+    assert (got.dtype, got.shape) == (own.dtype, own.shape), f"{what}: got {got.dtype} {list(got.shape)}"
+    assert torch.equal(got, own), f"{what}: {int((got != own).sum())} of {own.numel()} weights differ"
 
 
 def _check_threshold(what: str, candidate: Callable[..., Any], inputs: dict[str, Any]) -> None:
@@ -291,6 +298,7 @@ def _check_written(what: str, got: Tensor, inputs: dict[str, Any], c: int, diffe
 _CHECKS: dict[str, Callable[[str, Callable[..., Any], dict[str, Any]], None]] = {
     "assign_clusters": _check_assign,
     "window_similarity": _check_window,
+    "decay_weights": _check_decay,
     "split_threshold": _check_threshold,
     "update_memory": _check_update,
 }

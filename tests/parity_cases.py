@@ -286,6 +286,25 @@ case("window_similarity", name="channels_last")(
 case("window_similarity", name="offset")(lambda m: {"x": m.normal(2, 12, 14, 14) + 3, "window": 7})
 
 
+def _decay(m: Maker, batch: int, grid: tuple[int, int], window: int, variant: str) -> dict[str, Any]:
+    """Whole numbers as scores: many ties."""
+    score = m.integers(4, batch, (grid[0] // window) * (grid[1] // window)).to(m.bank_dtype)
+    return {"score": score, "grid": grid, "window": window, "gamma": 0.7, "variant": variant, "dtype": m.dtype}
+
+
+for _variant in ("paper", "released"):
+    for _name, (_batch, _grid, _window) in {
+        "network": (3, (14, 14), 7),
+        "many_windows": (2, (10, 12), 1),
+        "oblong": (2, (28, 14), 7),
+        "empty_batch": (0, (4, 6), 2),
+    }.items():
+        case("decay_weights", name=f"{_name}_{_variant}")(
+            lambda m, b=_batch, g=_grid, w=_window, v=_variant: _decay(m, b, g, w, v)
+        )
+case("decay_weights", name="one_window")(lambda m: _decay(m, 2, (5, 5), 5, "paper"))
+
+
 # --- the loss -------------------------------------------------------------------------------------
 
 

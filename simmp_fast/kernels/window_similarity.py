@@ -190,7 +190,12 @@ def _flops(x: tuple[int, ...], *_: object, **__: object) -> int:
     return 4 * images * channels * height * width
 
 
+def _weights_flops(score: tuple[int, ...], height: int, width: int, *_: object, **__: object) -> int:
+    return score[0] * score[1] * height * width
+
+
 flops("window_similarity", _flops)
+flops("decay_weights", _weights_flops)
 
 
 def _similarity_signature(config: Config, dtype: str) -> Signature:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..validation import check_context_attention
+from .chunked_attention import CHUNK, chunked_attention
 from .precision import no_autocast, product_dtype
 
 
@@ -14,8 +15,9 @@ def context_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """``ctx_i = sum_j softmax_j(query_i . key_j) value_j``, without a scale factor.
 
     By `scaled_dot_product_attention` with scale 1 and one head: no ``[N, N]`` tensor on any device that has a fused
-    form. Half precision on a CPU is computed in float32: the fused backward takes its row means from the rounded
-    output, which keys with a common offset turn into more than twice the error of the definition.
+    form. On a CPU by the definition's own calls, in chunks of queries where there are many, and in half precision with
+    float32 inside: the gradients of the fused form there are off by more than twice the definition's error where scores
+    are large or keys have a common offset. An exported program has the fused form: it must run without this package.
 
     Args:
         query, key, value: ``[B, N, D]``, one floating dtype.
@@ -32,6 +34,10 @@ def context_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         with no_autocast(query):
             query, key, value = (x.to(dtype).float() for x in (query, key, value))
             return context_attention(query, key, value).to(dtype)
+    if query.device.type == "cpu" and not torch.compiler.is_exporting():
+        if query.shape[1] > CHUNK:
+            return chunked_attention(query, key, value)
+        return torch.bmm(torch.bmm(query, key.mT).softmax(-1), value)
     # The fused forms need a last dimension without gaps; without it (channels-first maps seen as tokens) PyTorch would
     # take the one that holds all scores.
     query, key, value = ((x if x.stride(-1) == 1 else x.contiguous()).unsqueeze(1) for x in (query, key, value))

@@ -60,6 +60,9 @@ _SHAPES = {
     "memory_context_attention": lambda s: [*[(s["B"], s["N"], s["D"])] * 3, *_bank_shapes(s)],
     "update_memory": lambda s: [(s["B"], s["N"], s["D"]), *_bank_shapes(s)],
     "window_similarity": lambda s: [(s["B"], s["C"], s["H"], s["W"])],
+    "decay_weights": lambda s: [
+        (s["B"], (s["H"] // s["window"]) * (s["W"] // s["window"])), s["H"], s["W"], s["window"], 0.8, False
+    ],
     "split_threshold": lambda s: [(s["B"], s["N"], s["C"])] * 2,
     "split_attention": lambda s: [(s["B"], s["N"], s["C"])] * 3,
     "powerset_loss": lambda s: [

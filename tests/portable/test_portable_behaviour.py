@@ -13,6 +13,7 @@ from torch import Tensor
 
 from simmp_fast import portable, reference
 
+CHUNKED = sys.modules["simmp_fast.portable.chunked_attention"]
 SPLIT = sys.modules["simmp_fast.portable.split_attention"]
 LOSS = sys.modules["simmp_fast.portable.powerset_loss"]
 BFLOAT16 = torch.bfloat16
@@ -32,6 +33,13 @@ def test_gradcheck_attention() -> None:
     bank = (x["memory"], x["prototypes"], cluster)
     tokens = [t.detach().requires_grad_() for t in (x["query"], x["key"], x["value"])]
     assert torch.autograd.gradcheck(lambda *t: portable.memory_context_attention(*t, *bank)[0], tokens)
+
+
+def test_gradcheck_chunked_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CHUNKED, "CHUNK", 4)
+    x = build("context_attention", "small_dim", seed=0, dtype=torch.float64, device="cpu")
+    tokens = [x[name][:, :10].detach().requires_grad_() for name in ("query", "key", "value")]
+    assert torch.autograd.gradcheck(CHUNKED.chunked_attention, tokens)
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
@@ -72,16 +80,6 @@ def test_constants_get_no_gradient() -> None:
     assert query.grad is not None
     assert memory.grad is None
     assert prototypes.grad is None
-
-
-@pytest.mark.parametrize("variant", ["paper", "released"])
-@pytest.mark.parametrize(("grid", "window"), [((6, 8), 2), ((14, 7), 7), ((10, 10), 1)])
-def test_decay_weights_are_the_definitions(variant: str, grid: tuple[int, int], window: int) -> None:
-    count = (grid[0] // window) * (grid[1] // window)
-    score = torch.randint(0, 4, (3, count), generator=torch.Generator().manual_seed(0)).float()  # many ties
-    for given in (score, score[:0]):
-        got = portable.decay_weights(given, grid, window, 0.7, variant, torch.float32)
-        assert torch.equal(got, reference.decay_weights(given, grid, window, 0.7, variant, torch.float32))
 
 
 # --- dtypes ---------------------------------------------------------------------------------------

@@ -16,3 +16,12 @@ def test_parity_of_context_attention(length: int, dim: int) -> None:
     scales = {"query": dim**-0.25, "key": dim**-0.25, "value": 1.0}
     inputs = {name: torch.randn((1, length, dim), generator=generator) * scale for name, scale in scales.items()}
     parity.check_inputs("context_attention", portable.context_attention, inputs, f"N={length}, D={dim}")
+
+
+@pytest.mark.parametrize("length", [4, 500])
+def test_parity_where_scores_are_large(length: int) -> None:
+    """Scores of several hundred, as the unscaled attention of a network meets them."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = {name: torch.randn((2, length, 32), generator=generator) for name in ("query", "key", "value")}
+    inputs["query"] *= 100
+    parity.check_inputs("context_attention", portable.context_attention, inputs, f"N={length}, large scores")

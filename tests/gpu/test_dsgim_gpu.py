@@ -22,7 +22,7 @@ pytestmark = [
 pytest.importorskip("triton")
 register()
 
-OPERATORS = ("window_similarity", "split_threshold", "split_attention", "powerset_loss")
+OPERATORS = ("window_similarity", "decay_weights", "split_threshold", "split_attention", "powerset_loss")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEADS = (7, 14, 28, 56)  # the network's four heads at 224x224
 

@@ -47,6 +47,20 @@ def test_values_and_gradients(variant: str) -> None:
         torch.testing.assert_close(kernels, definition, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_one_graph(autocast: bool) -> None:
+    results = []
+    for compiled in (False, True):
+        made, x = module("triton"), image()
+        call = torch.compile(made, fullgraph=True, backend="aot_eager") if compiled else made
+        with torch.autocast("cpu", torch.float16) if autocast else nullcontext():
+            output = call(x, 0.8)
+        cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output.dtype)
+        results.append((output, *torch.autograd.grad(output, [x, *made.parameters()], cotangent)))
+    for eager, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, eager, rtol=1e-3, atol=1e-3 if autocast else 1e-5)
+
+
 class Launches(TorchDispatchMode):
     """PyTorch's own operators that would start a kernel; those of the package count their launches themselves."""
 

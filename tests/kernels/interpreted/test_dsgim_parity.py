@@ -15,7 +15,7 @@ from dsgim_cases import LONG, register
 from simmp_fast import kernels
 
 register()
-OPERATORS = ("window_similarity", "split_threshold", "split_attention")
+OPERATORS = ("window_similarity", "decay_weights", "split_threshold", "split_attention")
 GRID = [(o, name) for o in OPERATORS for name in case_names(o) if (o, name) not in LONG]
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 

@@ -29,7 +29,7 @@ MATRIX = ("wgmma", "tcgen05", "mma.sync")
 # Products of half precision that do not use the target's matrix instruction: none may be left.
 UNMATCHED = "unmatched"
 # The matrix instructions of a target, by the major number of its compute capability; the others have `mma.sync` alone.
-WANTED = {9: ("wgmma",), 10: ("tcgen05", "mma.sync")}
+_WANTED = {9: ("wgmma",), 10: ("tcgen05", "mma.sync")}
 
 
 @dataclass(frozen=True)
@@ -160,9 +160,14 @@ def compile_case(case: Case) -> Resources:
     text = compiled.asm["ptx"]
     patterns = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
     counts = {name: text.count(pattern) for name, pattern in patterns.items()}
-    wanted = WANTED.get(case.capability[0], ("mma.sync",))
+    wanted = matrix_instructions(case.capability)
     counts[UNMATCHED] = sum(found not in wanted for found in half_products(compiled.asm["ttgir"]))
     return Resources(registers, stack, compiled.metadata.shared, counts)
+
+
+def matrix_instructions(capability: tuple[int, int]) -> tuple[str, ...]:
+    """Those by which a product of half precision is taken on a target, by their names in `MATRIX`."""
+    return _WANTED.get(capability[0], ("mma.sync",))
 
 
 def half_products(ttgir: str) -> list[str]:
@@ -211,7 +216,7 @@ def faults(case: Case, found: Resources) -> list[str]:
     if found.shared > case.config.shared:
         wrong.append(f"{case.label}: {found.shared} bytes of shared memory, its row says {case.config.shared}")
     if case.dtype in ("bfloat16", "float16") and signature(case).products:
-        wanted = WANTED.get(case.capability[0], ("mma.sync",))
+        wanted = matrix_instructions(case.capability)
         if not any(found.instructions[name] for name in wanted):
             wrong.append(f"{case.label}: no {' or '.join(wanted)} in its products")
     if found.instructions[UNMATCHED]:

@@ -177,12 +177,12 @@ def plan(kernels: Sequence[str], dtypes: Sequence[str]) -> Iterator[tuple[str, s
                     yield kernel, dtype, width
 
 
-def tune(kernels: Sequence[str], dtypes: Sequence[str]) -> None:
-    """Tune on the current CUDA device and keep what is faster."""
+def tune(wanted: Sequence[tuple[str, str, int]]) -> None:
+    """Tune what `plan` names on the current CUDA device and keep what is faster."""
     index = torch.cuda.current_device()
     capability, limit = device_limits(index)
     where = f"{torch.cuda.get_device_name(index)}, torch {torch.__version__}, triton {triton.__version__}"
-    for kernel, dtype, width in plan(kernels, dtypes):
+    for kernel, dtype, width in wanted:
         torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
         start = lookup(kernel, "half" if dtype == "any" else dtype, width, capability, limit)
         timer = Device(start, dtype, torch.device("cuda", index), capability)
@@ -211,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("tune: no CUDA device is present; --dry-run lists what there is to tune", file=sys.stderr)
         return 1
-    tune(options.kernels, options.dtype)
+    tune(wanted)
     print(f"rows are in {MEASURED}; now run: python -m simmp_fast.kernels.compile")
     return 0
 

@@ -75,8 +75,8 @@ def test_portable(data: list[Batch], definition: Outcome, allowed: Drift) -> Non
     assert not excess(drift(run(MODEL, TRAIN, data, "portable", CPU), definition), allowed)
 
 
+@pytest.mark.usefixtures("kernels_take_cpu_tensors")
 def test_kernels(data: list[Batch], definition: Outcome, allowed: Drift, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "why_not_triton", lambda *_: None)
     for name in ("attention", "powerset_loss"):
         module = importlib.import_module(f"simmp_fast.kernels.{name}.operators")
         monkeypatch.setattr(module, "pick", with_larger_tiles(module.pick))

@@ -8,16 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from simmp_fast import ops
 from simmp_fast.model import DMWLABlock, MemoryBank
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+    pytest.mark.usefixtures("kernels_take_cpu_tensors"),
+]
 BOTH_WAYS = pytest.mark.parametrize("reassociate", [False, True], ids=["direct", "reassociated"])
-
-
-@pytest.fixture(autouse=True)
-def kernels_take_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "why_not_triton", lambda *_: None)
 
 
 def block(backend: str, reassociate: bool) -> DMWLABlock:

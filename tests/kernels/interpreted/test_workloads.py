@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 import pytest
 import torch
 
@@ -12,31 +9,6 @@ from simmp_fast.kernels import workloads
 from simmp_fast.kernels.configs import rows, widths
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-LAUNCHING = (
-    "assign_clusters",
-    "attention.operators",
-    "powerset_loss.operators",
-    "split_attention.operators",
-    "split_threshold",
-    "update_memory.operator",
-    "window_similarity",
-)
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    names: list[str] = []
-    for module in LAUNCHING:
-        place = importlib.import_module(f"simmp_fast.kernels.{module}")
-
-        def counted(
-            kernel: Any, grid: Any, config: Any, *args: Any, _launch: Any = place.launch, **kwargs: Any
-        ) -> None:
-            names.append(config.kernel)
-            _launch(kernel, grid, config, *args, **kwargs)
-
-        monkeypatch.setattr(place, "launch", counted)
-    return names
 
 
 @pytest.mark.parametrize("kernel", dict.fromkeys(row.kernel for row in rows()))

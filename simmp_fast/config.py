@@ -126,6 +126,9 @@ class TrainConfig:
         wld_from: first epoch (0-based) in which W-LD sets the update width.
         wld_every: "step", or "epoch" for once an epoch on the mean loss.
         precision: "float32" or "bfloat16" (autocast).
+        channels_last: keep feature maps and convolution weights with the channels innermost.
+        compile: put the forward pass and the loss under `torch.compile`; the first steps take minutes longer.
+        cuda_graph: replay the step from a CUDA graph, captured after three steps of each phase of the memory.
         backend: operator backend: "auto", "reference", "portable" or "triton".
         backbone_weights: path of a local checkpoint, "timm" to download pretrained weights, or None.
         workers: processes that load data; 0 loads in the training process.
@@ -148,6 +151,9 @@ class TrainConfig:
     wld_from: int = 100
     wld_every: str = "step"
     precision: str = "float32"
+    channels_last: bool = False
+    compile: bool = False
+    cuda_graph: bool = False
     backend: str = "auto"
     backbone_weights: str | None = None
     workers: int = 0

@@ -111,12 +111,13 @@ class DMWLABlock(nn.Module):
         Raises:
             RuntimeError: no training forward came before.
         """
+        self.bank.prepare()
         self.write_memory(k, keep)
         self.bank.advance()
 
     @torch.no_grad()
     def write_memory(self, k: int | Tensor, keep: Tensor | None = None) -> None:
-        """The part of `commit_memory` that runs on the device, without the step counter."""
+        """The part of `commit_memory` that runs on the device, without the warm-up's draws and the step counter."""
         self.bank.write(k, keep)
         if not self.bank.warming:
             moved = self.key_momentum * self.momentum_key + (1 - self.key_momentum) * self.key.weight

@@ -3,6 +3,9 @@
 A training forward only *offers* its tokens; `write`, called after that forward's backward, writes them. So tensors
 saved for backward stay as they were, addresses never change, and recomputation under activation checkpointing writes
 nothing. The phase is a host integer: no device value is read to find it.
+
+A step of the bank has three parts: `prepare` draws on the host, `write` runs on the device alone and can be compiled or
+captured in a CUDA graph, `advance` counts on the host.
 """
 
 from __future__ import annotations
@@ -70,6 +73,7 @@ class MemoryBank(nn.Module):
         self.warmup_steps, self.rate, self.seed, self.name = warmup_steps, rate, seed, name
         self.backend = backend
         self._offered: Tensor | None = None
+        self._draws: Tensor | None = None
         self._enter(0)
 
     def extra_repr(self) -> str:
@@ -108,9 +112,51 @@ class MemoryBank(nn.Module):
         """Forget the tokens offered last; nothing is written."""
         self._offered = None
 
+    def prepare(self, batch: int | None = None) -> None:
+        """Draw what the next `write` of the warm-up takes (section 3.1); after the warm-up there is nothing to draw.
+
+        The draws lie on the device at one address, so a captured `write` finds the new ones there.
+
+        Args:
+            batch: images of the step; those of the tokens offered last where it is None.
+
+        Raises:
+            RuntimeError: no batch is given and no tokens were offered.
+        """
+        batch = self._tokens().shape[0] if batch is None else batch
+        if not self.warming or batch == 0:
+            return
+        draws = self._draw(batch)
+        if self._draws is None or (self._draws.shape, self._draws.device) != (draws.shape, self.memory.device):
+            self._draws = torch.empty(draws.shape, dtype=draws.dtype, device=self.memory.device)
+        if self._draws.is_cuda:
+            draws = draws.pin_memory()  # so that the copy is not waited for
+        self._draws.copy_(draws, non_blocking=True)
+
+    def _draw(self, batch: int) -> Tensor:
+        """``[4, draws]`` int64: image, place in it in units of 2^-31 of its length, slot, and whether it is written.
+
+        Their number is the same at every step; the last row says how many of them are written.
+        """
+        size = self.memory.shape[0] * self.memory.shape[1]
+        per_image = max(size // batch, 1)
+        drawn = batch * per_image
+        width = min(drawn, size)
+        kept = min(max(1, int(0.5 * (self.step + 1) / self.warmup_steps * drawn)), width)
+        generator = named_generator(self.seed, self.name, self.step)
+        image = torch.randperm(drawn, generator=generator)[:width] // per_image
+        place = torch.randint(2**31, (width,), generator=generator)
+        slot = torch.randperm(size, generator=generator)[:width]
+        return torch.stack([image, place, slot, (torch.arange(width) < kept).long()])
+
+    def _tokens(self) -> Tensor:
+        if self._offered is None:
+            raise RuntimeError(f"memory bank {self.name!r}: nothing to commit, no training forward came before")
+        return self._offered
+
     @torch.no_grad()
     def write(self, k: int | Tensor, keep: Tensor | None = None) -> None:
-        """Write the tokens offered last into the bank.
+        """Write the tokens offered last into the bank; in warm-up `prepare` comes before.
 
         Args:
             k: slots to write per cluster (after warm-up).
@@ -119,10 +165,7 @@ class MemoryBank(nn.Module):
         Raises:
             RuntimeError: no tokens were offered since the last write.
         """
-        tokens = self._offered
-        if tokens is None:
-            raise RuntimeError(f"memory bank {self.name!r}: nothing to commit, no training forward came before")
-        self._offered = None
+        tokens, self._offered = self._tokens(), None
         if tokens.numel() == 0:
             return
         if self.warming:
@@ -149,24 +192,11 @@ class MemoryBank(nn.Module):
         self.prototypes.copy_(prototypes)
 
     def _with_random_tokens(self, tokens: Tensor) -> Tensor:
-        """The bank after one warm-up write (section 3.1).
-
-        All index tensors have the same shape at every step; a mask says how many of the draws are written.
-        """
-        batch, length, dim = tokens.shape
-        clusters, slots, _ = self.memory.shape
-        per_image = max(clusters * slots // batch, 1)
-        drawn = batch * per_image
-        width = min(drawn, clusters * slots)
-        kept = min(max(1, int(0.5 * (self.step + 1) / self.warmup_steps * drawn)), width)
-        generator = named_generator(self.seed, self.name, self.step)
-        token = torch.randint(length, (batch, per_image), generator=generator)
-        token = (token + length * torch.arange(batch).unsqueeze(1)).flatten()
-        token = token[torch.randperm(drawn, generator=generator)[:width]]
-        slot = torch.randperm(clusters * slots, generator=generator)[:width]
-        written = (torch.arange(width) < kept).unsqueeze(1)
-        device = self.memory.device
-        token, slot, written = (t.to(device, non_blocking=True) for t in (token, slot, written))
-        flat = self.memory.flatten(0, 1)
-        values = torch.where(written, tokens.reshape(-1, dim)[token].to(flat.dtype), flat[slot])
+        """The bank after one warm-up write of the tokens and slots that `prepare` drew (section 3.1)."""
+        if self._draws is None:
+            raise RuntimeError(f"memory bank {self.name!r}: nothing was drawn for this write, call prepare() before it")
+        image, place, slot, written = self._draws
+        length, flat = tokens.shape[1], self.memory.flatten(0, 1)
+        drawn = tokens.flatten(0, 1)[image * length + (place * length >> 31)].to(flat.dtype)
+        values = torch.where(written.bool().unsqueeze(1), drawn, flat[slot])
         return flat.index_copy(0, slot, values).view_as(self.memory)

@@ -103,14 +103,28 @@ class SimMPNet(nn.Module, PyTorchModelHubMixin):
         Raises:
             RuntimeError: no training forward came before.
         """
+        self.prepare_memory()
         self.write_memory(keep)
+        self.advance_memory()
+
+    def prepare_memory(self, batch: int | None = None) -> None:
+        """The first part of `commit_memory`, on the host: draw what the warm-up writes next.
+
+        Args:
+            batch: images of the step, to draw before its forward pass; otherwise those of the forward pass before.
+        """
         for block in self.memory_blocks():
-            block.bank.advance()
+            block.bank.prepare(batch)
 
     def write_memory(self, keep: Tensor | None = None) -> None:
-        """The part of `commit_memory` that runs on the device; it can be compiled, the step counters cannot."""
+        """The second part of `commit_memory`: all that runs on the device; it can be compiled and captured."""
         for block in self.memory_blocks():
             block.write_memory(self.wld.k, keep)
+
+    def advance_memory(self) -> None:
+        """The last part of `commit_memory`, on the host: count the step; at the end of the warm-up, structure."""
+        for block in self.memory_blocks():
+            block.bank.advance()
 
     def discard_memory(self) -> None:
         """Forget what the last training forward offered, where no backward follows it."""

@@ -75,6 +75,8 @@ def train(
     """
     check_data(config, cache)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if config.train.cuda_graph and place.type != "cuda":
+        raise ConfigError(f"train.cuda_graph: got true on {place.type}, expected a CUDA device")
     records = {"data.json": to_mapping(cache.recipe), "splits.json": {"cache": cache.checksum, **cache.splits}}
     with RunFolder(run, config, records, resume=resume) as folder, StopRequest() as stop:
         runner = Run(config, cache, folder, place, stop)
@@ -156,6 +158,8 @@ class Run:
     def _restore(self, state: TrainingState) -> None:
         self.step, self.epoch, self.batch, self.best = state.step, state.epoch, state.batch, state.best
         self.optimizer.load_state_dict(state.optimizer)
+        for group in self.optimizer.param_groups:
+            group["capturable"] = self.config.train.cuda_graph  # the saved run may have been set otherwise
         self.take_step.loss_sum.fill_(state.loss_sum)
         rng.restore(state.rng)
 

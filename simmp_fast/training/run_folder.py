@@ -40,7 +40,16 @@ from simmp_fast.data.files import atomic_file, disk_errors, write_json
 # Settings that change neither the weights nor the meaning of the rows already written, so a resumed run may differ.
 FREE_KEYS = frozenset(
     f"train.{key}"
-    for key in ("backbone_weights", "checkpoint_minutes", "epochs", "keep_every", "log_every", "overlays", "workers")
+    for key in (
+        "backbone_weights",
+        "checkpoint_minutes",
+        "cuda_graph",
+        "epochs",
+        "keep_every",
+        "log_every",
+        "overlays",
+        "workers",
+    )
 )
 _held: set[Path] = set()
 

@@ -106,7 +106,7 @@ def test_bad_gradients_with_a_finite_loss_are_caught():
 
 def test_huge_but_finite_gradients_pass():
     guard = FiniteGuard(CPU)
-    keep = guard.check(torch.tensor(1.0), [torch.full((4,), 3e38), torch.full((2, 2), -1e30)], 0)
+    keep = guard.check(torch.tensor(1.0), [torch.full((4,), 3e38), torch.full((2, 2), -1e30)], torch.tensor(0))
     assert bool(keep)
     assert guard.read() is None
 
@@ -117,7 +117,7 @@ def test_one_bad_gradient_among_many(wrong, place):
     gradients = [torch.zeros(1000), torch.zeros(10, 10)]
     gradients[place].view(-1)[7] = wrong
     guard = FiniteGuard(CPU)
-    assert not bool(guard.check(torch.tensor(1.0), gradients, 5))
+    assert not bool(guard.check(torch.tensor(1.0), gradients, torch.tensor(5)))
     assert guard.read().step == 5
 
 

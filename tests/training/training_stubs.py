@@ -50,11 +50,15 @@ class TinyModel(nn.Module):
         pooled = [nn.functional.avg_pool2d(x, s) if native_heads and s > 1 else x for s in (8, 4, 2, 1)]
         return [head(p) for head, p in zip(self.heads, pooled, strict=True)]
 
-    def commit_memory(self, keep: Tensor | None = None) -> None:
+    def prepare_memory(self, batch: int) -> None:
+        """Nothing is drawn."""
+
+    def write_memory(self, keep: Tensor) -> None:
         assert self._offered is not None
-        assert keep is not None
         self.memory.copy_(torch.where(keep, 0.9 * self.memory + 0.1 * self._offered, self.memory))
         self._offered = None
+
+    def advance_memory(self) -> None:
         self.steps += 1
 
     def get_extra_state(self) -> Tensor:

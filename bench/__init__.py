@@ -6,7 +6,7 @@
     backends.py   who is measured: reference, portable, their compiled forms, triton, SDPA
     parity.py     who may show a speed-up
     timing.py, memory.py, tracing.py, roofline.py, environment.py    how it is measured
-    measure.py, network.py, pipeline.py    a case becomes rows
+    measure.py, network.py, steps.py, pipeline.py    a case becomes rows
     rows.py, report.py, plots.py, compare.py    what is written
     run.py        all of it in order
 

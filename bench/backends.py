@@ -13,6 +13,8 @@ from torch import Tensor
 from simmp_fast.config import ConfigError
 from simmp_fast.ops import why_not_triton
 
+from .cases import STEP
+
 BASELINE = "reference"
 
 
@@ -24,14 +26,22 @@ class Backend:
         name: as rows and options spell it.
         door: backend of `simmp_fast.ops`, or "sdpa".
         compiled: under `torch.compile`.
+        channels_last: the training step with the channels innermost.
+        replayed: the training step replayed from a CUDA graph.
+        usual: whether it is measured without being asked for by name.
     """
 
     name: str
     door: str
     compiled: bool = False
+    channels_last: bool = False
+    replayed: bool = False
+    usual: bool = True
 
     def takes(self, operator: str) -> bool:
         """Whether it implements `operator`."""
+        if self.channels_last or self.replayed:
+            return operator == STEP
         return self.door != "sdpa" or operator == "context_attention"
 
 
@@ -44,6 +54,10 @@ BACKENDS = {
         Backend("portable-compiled", "portable", compiled=True),
         Backend("sdpa", "sdpa"),
         Backend("triton", "triton"),
+        Backend("triton-compiled", "triton", compiled=True, usual=False),
+        Backend("triton-channels-last", "triton", channels_last=True, usual=False),
+        Backend("triton-graph", "triton", replayed=True, usual=False),
+        Backend("triton-fast", "triton", compiled=True, channels_last=True, replayed=True),
     )
 }
 
@@ -64,12 +78,13 @@ def choose(names: Sequence[str], device: torch.device, operator: str, compiled: 
     if unknown:
         raise ConfigError(f"--backend: got {unknown[0]!r}, expected some of {', '.join(BACKENDS)}")
     reason = why_not_triton(device)
-    if "triton" in names and reason is not None:
-        raise ConfigError(f"--backend: 'triton' cannot run here: {reason}")
+    asked = next((name for name in names if BACKENDS[name].door == "triton"), None)
+    if asked is not None and reason is not None:
+        raise ConfigError(f"--backend: {asked!r} cannot run here: {reason}")
     wanted = set(names) | {BASELINE}
     if not names:
-        wanted = {b.name for b in BACKENDS.values() if compiled or not b.compiled}
-        wanted -= set() if reason is None else {"triton"}
+        usual = [b for b in BACKENDS.values() if b.usual and (compiled or not b.compiled)]
+        wanted = {b.name for b in usual if reason is None or b.door != "triton"}
     return [backend for backend in BACKENDS.values() if backend.name in wanted and backend.takes(operator)]
 
 

@@ -55,6 +55,7 @@ BLOCKS: tuple[tuple[str, int, int, int, int, int], ...] = (
     ("decoder level 3", 14, 384, 128, 10, 1),
     ("decoder level 4", 7, 768, 128, 10, 1),
 )
+REASSOCIATED = "encoder stage 1, reassociated"
 SLOTS = 100
 _BANK = {"D": 256, "K": 9, "M": SLOTS}
 
@@ -142,7 +143,7 @@ def registry(device: str, batch: int | None = None) -> list[Case]:
         Case(name, sized[name], "operators", "the network's largest", compiled=name in compiled) for name in alone
     ]
     reassociated = {**sized["context_attention"], "D": 96}
-    cases.append(Case("context_attention", reassociated, "operators", "encoder stage 1, reassociated"))
+    cases.append(Case("context_attention", reassociated, "operators", REASSOCIATED))
     for index, (label, side, channels, dim, clusters, uses) in enumerate(BLOCKS):
         sizes = {"B": images, "N": side * side, "C": channels, "D": dim, "K": clusters, "M": SLOTS, "k": 50}
         cases.append(Case("dmwla_block", sizes, "blocks", label, uses, compiled=index == 0))

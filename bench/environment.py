@@ -71,6 +71,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "capability": None,
         "driver": None,
         "cuda": None,
+        "l2_mib": None,
         "torch": torch.__version__,
         "triton": None,
         "python": platform.python_version(),
@@ -87,4 +88,5 @@ def describe(device: torch.device) -> dict[str, Any]:
         major, minor = torch.cuda.get_device_capability(device)
         found |= {"gpu": torch.cuda.get_device_name(device), "capability": f"{major}.{minor}"}
         found |= {"driver": _driver(), "cuda": torch.version.cuda}
+        found["l2_mib"] = torch.cuda.get_device_properties(device).L2_cache_size / 2**20
     return found

@@ -1,92 +1,57 @@
-"""The whole network: its forward pass, and the training step with its parts."""
+"""The whole network: rows of its forward pass, and of its training step with its parts."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from simmp_fast import ops
 from simmp_fast.cli.info import multiply_adds
-from simmp_fast.config import ModelConfig, TrainConfig
+from simmp_fast.config import ModelConfig
 from simmp_fast.model import SimMPNet
-from simmp_fast.training.step import FiniteGuard, make_optimizer
 
-from . import backends, memory, parity, timing, tracing
+from . import backends, memory, parity, steps, timing, tracing
 from .backends import BASELINE, Backend
-from .cases import PARTS, STEP, WITHOUT_BACKBONE, Case
-from .measure import Contender, Settings, describe, dtype_name, fill_memory, release, time_together
-from .parts import PartClock, by_part, wrap
+from .cases import STEP, Case
+from .measure import Contender, Settings, dtype_name, fill_memory, time_together
 from .problems import SEED, network_config
 from .rows import FAILED, PASSED, Row
+from .steps import Steps
 
 
 @dataclass
 class Network:
-    """A model with a structured memory, a batch, and the pieces of its training step.
+    """A model with a structured memory, and a batch.
 
     Attributes:
         model: in training mode.
         images: ``[B, C, S1, S1]`` float32.
         labels: ``[B, S1, S1]`` int64.
         autocast: dtype of autocast, None for none.
-        compiled: forward and loss under `torch.compile`, by backend name.
     """
 
     model: SimMPNet
     images: Tensor
     labels: Tensor
     autocast: torch.dtype | None
-    optimizer: torch.optim.AdamW
-    guard: FiniteGuard
-    compiled: dict[str, Callable[..., Tensor]]
 
     @property
     def device(self) -> torch.device:
         """Where it runs."""
         return self.images.device
 
-    def loss(self, door: str) -> Tensor:
-        """Forward pass and loss on one backend."""
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            heads = self.model(self.images, native_heads=True)
-            return ops.powerset_loss(heads, self.labels, backend=door)
+    def steps(self) -> Steps:
+        """Its training step.
 
-    def step(self, backend: Backend, clock: PartClock | None = None) -> Tensor:
-        """One training step, as `simmp_fast.training.step` takes it; returns the loss."""
-        clock = PartClock(timing.Clock(torch.device("cpu"))) if clock is None else clock
-        self.model.backend = backend.door
-        clock.start()
-        with clock.part("optimiser"):
-            self.optimizer.zero_grad(set_to_none=True)
-        loss = self._forward(backend, clock)
-        loss.backward()
-        clock.rest()
-        loss = loss.detach()
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        keep = self.guard.check(loss, [p.grad for p in parameters if p.grad is not None], 0)
-        with clock.part("memory_update"):
-            self.model.commit_memory(keep=keep)
-        with clock.part("optimiser"):
-            self.optimizer.step()
-        self.model.wld.step(loss)
-        return loss
-
-    def _forward(self, backend: Backend, clock: PartClock) -> Tensor:
-        if backend.compiled:
-            if backend.name not in self.compiled:
-                self.compiled[backend.name] = backends.compiled(self.loss)
-            return self.compiled[backend.name](backend.door)
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            heads = self.model(self.images, native_heads=True)
-            loss = wrap(ops.powerset_loss, "loss", clock)(heads, self.labels, backend=backend.door)
-        return loss  # type: ignore[no-any-return]
+        Raises:
+            ConfigError: a dtype that training does not offer.
+        """
+        dtype = torch.float32 if self.autocast is None else self.autocast
+        return Steps(self.model, self.images, self.labels, dtype_name(dtype))
 
 
 def make(sizes: Any, dtype: torch.dtype, device: torch.device) -> Network:
@@ -96,16 +61,15 @@ def make(sizes: Any, dtype: torch.dtype, device: torch.device) -> Network:
     model = SimMPNet(config).to(device)
     for block in model.memory_blocks():
         block.bank.set_extra_state(torch.tensor(config.warmup_steps))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # every step of every backend meets the same numbers
     generator = torch.Generator().manual_seed(SEED)
     shape = (sizes["B"], config.in_channels, config.image_size, config.image_size)
     images = torch.rand(shape, generator=generator).to(device)
     labels = torch.randint(config.classes, (shape[0], *shape[2:]), generator=generator).to(device)
     half = dtype if dtype in (torch.bfloat16, torch.float16) else None
-    # A tiny rate: the weights stay where they are, so that every step of every backend meets the same numbers.
-    optimizer = make_optimizer(model, replace(TrainConfig(), lr=1e-12))
-    guard = FiniteGuard(device)
-    optimizer.found_inf = guard.frozen  # type: ignore[attr-defined]
-    return Network(model.train(), images, labels, half, optimizer, guard, {})
+    return Network(model.train(), images, labels, half)
 
 
 def measure_network(case: Case, dtype: torch.dtype, settings: Settings) -> list[Row]:
@@ -184,52 +148,19 @@ def judge_forward(network: Network, backend: Backend, call: Callable[[], Tensor]
     if backend.name == BASELINE:
         return parity.Verdict(PASSED)
     if backend.compiled:
-        network.model.backend = backend.door
-        with (
-            torch.no_grad(),
-            torch.autocast(network.device.type, network.autocast, enabled=network.autocast is not None),
-        ):
-            eager = network.model(network.images, native_heads=True)[-1]
-        with torch.no_grad():
-            return parity.agreement(call(), eager)
+        eager = forward_call(network, backends.BACKENDS[backend.door])
+        dtype = torch.float32 if network.autocast is None else network.autocast
+        return parity.agreement(call(), eager(), parity.nudged_spread(eager, network.model, dtype))
     with parity.recorded() as calls:
         call()
     network.model.discard_memory()
-    return judge_on(backend, calls, network.autocast, network.device)
-
-
-def judge_on(
-    backend: Backend, calls: Sequence[parity.Call], autocast: torch.dtype | None, device: torch.device
-) -> parity.Verdict:
-    """The verdict on the recorded calls of a network, each made again on its own tensors."""
-
-    def candidate(operator: str, **arguments: Any) -> Any:
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            return getattr(ops, operator)(**arguments, backend=backend.door)
-
-    return parity.judge_calls(calls, candidate)
+    return parity.judge_calls(calls, parity.door(backend.door, network.device, network.autocast))
 
 
 def _measure_step(
     case: Case, dtype: str, network: Network, contenders: Sequence[Contender], settings: Settings
 ) -> list[Row]:
-    found: dict[str, dict[str, list[float]]] = {}
-    for contender in contenders:
-        step = functools.partial(network.step, contender.backend)
-        try:
-            loss = float(step())
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss}")
-            contender.verdict = judge_step(network, contender.backend)
-            network.optimizer.zero_grad(set_to_none=True)
-            contender.peaks["both"] = memory.peak_bytes(step, settings.device)
-            contender.counts["both"] = tracing.count(step, settings.device)
-            found[contender.backend.name] = {part: [] for part in ("", WITHOUT_BACKBONE, *PARTS)}
-        except Exception as error:
-            network.model.discard_memory()
-            contender.status, contender.message = describe(error)
-        release(settings.device)
-    _take_turns(network, [c.backend for c in contenders if c.backend.name in found], found, settings)
+    found = steps.measure(network.steps(), contenders, network.autocast, settings)
     rows = []
     for contender in contenders:
         samples = found.get(contender.backend.name)
@@ -237,8 +168,8 @@ def _measure_step(
             rows.append(_row(case, dtype, contender, "both", settings))
             continue
         for part, values in samples.items():
-            if contender.backend.compiled and part:
-                continue  # a compiled step has no parts
+            if part and (contender.backend.compiled or contender.backend.replayed):
+                continue  # such a step has no parts
             row = _row(case, dtype, contender, "both", settings, part)
             _fill(row, values, found.get(BASELINE, {}).get(part), case.sizes["B"] if not part else None)
             if not part:
@@ -248,41 +179,6 @@ def _measure_step(
                 _roofline(row, network, settings, 3)
             rows.append(row)
     return rows
-
-
-def judge_step(network: Network, backend: Backend) -> parity.Verdict:
-    """Parity of every operator call of one step, the memory's update included."""
-    if backend.name == BASELINE:
-        return parity.Verdict(PASSED)
-    if backend.compiled:
-        # Both from the same memory: a step changes it.
-        before = [buffer.clone() for buffer in network.model.buffers()]
-        loss = network.step(backend)
-        for buffer, value in zip(network.model.buffers(), before, strict=True):
-            buffer.copy_(value)
-        return parity.agreement(loss, network.step(backends.BACKENDS[backend.door]))
-    with parity.recorded() as calls:
-        network.step(backend)
-    return judge_on(backend, calls, network.autocast, network.device)
-
-
-def _take_turns(
-    network: Network, running: Sequence[Backend], found: dict[str, dict[str, list[float]]], settings: Settings
-) -> None:
-    """Fill in the milliseconds of every part, backend after backend in every round."""
-    clock = PartClock(timing.Clock(settings.device))
-    spent = rounds = 0.0
-    while running and (rounds < timing.LEAST_ROUNDS or (spent < settings.seconds and rounds < timing.MOST_ROUNDS)):
-        for backend in running if rounds % 2 == 0 else running[::-1]:
-            with contextlib.nullcontext() if backend.compiled else by_part(network.model, clock):
-                network.step(backend, clock)
-            parts = clock.stop()
-            total = sum(parts.values())
-            spent += total / 1e3
-            parts |= {"": total, WITHOUT_BACKBONE: total - parts["backbone"]}
-            for part, value in parts.items():
-                found[backend.name][part].append(value)
-        rounds += 1
 
 
 def _fill(row: Row, samples: Sequence[float], baseline: Sequence[float] | None, images: int | None) -> None:

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from simmp_fast import ops
+from simmp_fast.model.dmwla import DMWLABlock
+from simmp_fast.model.dsgim import DSGIM
+from simmp_fast.training.step import TrainStep
+
 from .cases import PARTS
 from .timing import Clock
-
-if TYPE_CHECKING:
-    from simmp_fast.model import SimMPNet
 
 OTHER = PARTS[-1]
 
@@ -122,19 +124,40 @@ def wrap(call: Callable[..., Any], part: str, clock: PartClock) -> Callable[...,
 
 
 @contextlib.contextmanager
-def by_part(model: SimMPNet, clock: PartClock) -> Iterator[None]:
-    """Let the passes of the model's modules move the clock."""
-    from simmp_fast.model.dmwla import DMWLABlock
-    from simmp_fast.model.dsgim import DSGIM
+def by_part(step: TrainStep, clock: PartClock) -> Iterator[None]:
+    """Let the pieces of a training step move the clock."""
+    model = step.model
+    pieces: list[tuple[Any, str, str]] = [
+        (model.adapter, "forward", "backbone"),
+        (model.backbone, "forward", "backbone"),
+    ]
+    pieces += [(module, "forward", "dmwla") for module in model.modules() if isinstance(module, DMWLABlock)]
+    pieces += [(module, "forward", "dsgim") for module in model.modules() if isinstance(module, DSGIM)]
+    pieces += [(model.decoder, "forward", "decoder"), (ops, "powerset_loss", "loss")]
+    pieces += [(model, "write_memory", "memory_update")]
+    pieces += [(step.optimizer, name, "optimiser") for name in ("zero_grad", "step")]
+    with contextlib.ExitStack() as stack:
+        for owner, name, part in pieces:
+            stack.enter_context(_replaced(owner, name, wrap(getattr(owner, name), part, clock)))
+        check = step.guard.check
 
-    parts: list[tuple[torch.nn.Module, str]] = [(model.adapter, "backbone"), (model.backbone, "backbone")]
-    parts += [(module, "dmwla") for module in model.modules() if isinstance(module, DMWLABlock)]
-    parts += [(module, "dsgim") for module in model.modules() if isinstance(module, DSGIM)]
-    parts.append((model.decoder, "decoder"))
+        def rested(*arguments: Any) -> Tensor:
+            clock.rest()  # the backward pass is over, whatever it left open
+            return check(*arguments)
+
+        stack.enter_context(_replaced(step.guard, "check", rested))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, call: Callable[..., Any]) -> Iterator[None]:
+    """An attribute replaced for a while; one that came from the class shows from there again."""
+    own = vars(owner).get(name)
+    setattr(owner, name, call)
     try:
-        for module, part in parts:
-            module.forward = wrap(module.forward, part, clock)  # type: ignore[method-assign]
         yield
     finally:
-        for module, _ in parts:
-            del module.forward  # the class's own shows again
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from . import backends, cases, measure, memory, network, parity, pipeline, problems
+from . import backends, cases, measure, memory, network, parity, pipeline, problems, steps
 from .backends import Backend
 from .cases import Case
 from .formulas import FORMULAS
@@ -57,7 +57,8 @@ def _operator(case: Case, dtype: torch.dtype, backend: Backend) -> tuple[Callabl
 def _network(case: Case, dtype: torch.dtype, backend: Backend) -> tuple[Callable[[], Any], parity.Verdict]:
     whole = network.make(case.sizes, dtype, DEVICE)
     if case.operator == cases.STEP:
-        return lambda: whole.step(backend), network.judge_step(whole, backend)
+        taken = whole.steps()
+        return lambda: taken.take(backend), steps.judge(taken, backend, whole.autocast)
     call = network.forward_call(whole, backend)
     return call, network.judge_forward(whole, backend, call)
 

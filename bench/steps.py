@@ -1,0 +1,159 @@
+"""The training step on every backend, whole and by its parts: the very `TrainStep` that training takes."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from simmp_fast.config import TrainConfig
+from simmp_fast.model import SimMPNet
+from simmp_fast.training.replay import Recorder
+from simmp_fast.training.step import TrainStep, make_optimizer
+
+from . import backends, memory, parity, timing, tracing
+from .backends import BASELINE, Backend
+from .cases import PARTS, WITHOUT_BACKBONE
+from .measure import Contender, Settings, describe, release
+from .parts import PartClock, by_part
+from .rows import PASSED
+
+# Learning rate: the weights stay where they are, so that every step of every backend meets the same numbers.
+NO_RATE = 1e-12
+
+
+@dataclass
+class Steps:
+    """One network's training step on any backend.
+
+    Attributes:
+        model: in training mode, its memory structured. Backends with another layout of the weights have a copy of it.
+        images: ``[B, C, S1, S1]`` float32.
+        labels: ``[B, S1, S1]`` int64.
+        precision: "float32" or "bfloat16".
+        recorder: makes what captures a replayed step; CUDA graphs by default.
+    """
+
+    model: SimMPNet
+    images: Tensor
+    labels: Tensor
+    precision: str
+    recorder: Callable[[], Recorder] | None = None
+    _made: dict[str, TrainStep] = field(default_factory=dict, repr=False)
+
+    def of(self, backend: Backend) -> TrainStep:
+        """The step that a backend takes."""
+        if backend.name not in self._made:
+            config = replace(
+                TrainConfig(), lr=NO_RATE, precision=self.precision, backend=backend.door, compile=backend.compiled,
+                channels_last=backend.channels_last, cuda_graph=backend.replayed and self.recorder is None,
+            )  # fmt: skip
+            model = copy.deepcopy(self.model) if backend.channels_last else self.model
+            recorder = self.recorder() if backend.replayed and self.recorder is not None else None
+            optimizer = make_optimizer(model, config)
+            self._made[backend.name] = TrainStep(model, optimizer, config, self.images.device, recorder)
+        return self._made[backend.name]
+
+    def take(self, backend: Backend) -> Tensor:
+        """One step; returns its loss."""
+        step = self.of(backend)
+        step.model.backend = backend.door
+        return step(self.images, self.labels, 0, wld=True)
+
+    def forget(self, backend: Backend) -> None:
+        """Give free what a backend's step holds."""
+        step = self._made.pop(backend.name, None)
+        if step is not None:
+            step.model.discard_memory()
+            step.optimizer.zero_grad(set_to_none=True)
+
+
+def measure(
+    steps: Steps, contenders: Sequence[Contender], autocast: torch.dtype | None, settings: Settings
+) -> dict[str, dict[str, list[float]]]:
+    """Parity, memory, launches and time of every contender.
+
+    Returns:
+        milliseconds of every round, by backend and part; "" is the whole step. A backend that failed is missing.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    for contender in contenders:
+        backend = contender.backend
+        try:
+            _prepare(steps, contender, autocast, settings)
+            found[backend.name] = {part: [] for part in ("", WITHOUT_BACKBONE, *PARTS)}
+        except Exception as error:
+            contender.status, contender.message = describe(error)
+            steps.forget(backend)
+        release(settings.device)
+    _take_turns(steps, [c.backend for c in contenders if c.backend.name in found], found, settings)
+    return found
+
+
+def _prepare(steps: Steps, contender: Contender, autocast: torch.dtype | None, settings: Settings) -> None:
+    """Everything about a contender but its time."""
+    backend = contender.backend
+    take = functools.partial(steps.take, backend)
+    loss = float(take())
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss}")
+    steps.of(backend).optimizer.zero_grad(set_to_none=True)
+    # A graph keeps its memory from one replay to the next: the peak is that of the step before its capture.
+    contender.peaks["both"] = memory.peak_bytes(take, settings.device)
+    replays = steps.of(backend).replays
+    while replays is not None and not replays.replaying:
+        take()
+    contender.verdict = judge(steps, backend, autocast)
+    contender.counts["both"] = tracing.count(take, settings.device)
+
+
+def judge(steps: Steps, backend: Backend, autocast: torch.dtype | None) -> parity.Verdict:
+    """Parity of every operator call of one step, the memory's update included.
+
+    A step whose calls cannot be listened to, compiled or replayed, is compared with the eager one by its loss.
+    """
+    if backend.name == BASELINE:
+        return parity.Verdict(PASSED)
+    if backend.compiled or backend.replayed:
+        eager = backends.BACKENDS[backend.door]
+        before = [buffer.clone() for buffer in steps.model.buffers()]
+
+        def again(taking: Backend) -> Tensor:
+            """The loss from the same memory: a step changes it."""
+            for buffer, value in zip(steps.of(taking).model.buffers(), before, strict=True):
+                buffer.copy_(value)
+            return steps.take(taking)
+
+        dtype = torch.float32 if autocast is None else autocast
+        spread = parity.nudged_spread(lambda: again(eager), steps.of(eager).model, dtype)
+        return parity.agreement(again(backend), again(eager), spread)
+    with parity.recorded() as calls:
+        steps.take(backend)
+    return parity.judge_calls(calls, parity.door(backend.door, steps.images.device, autocast))
+
+
+def _take_turns(
+    steps: Steps, running: Sequence[Backend], found: dict[str, dict[str, list[float]]], settings: Settings
+) -> None:
+    """Fill in the milliseconds of every part, backend after backend in every round."""
+    clock = PartClock(timing.Clock(settings.device))
+    spent = rounds = 0.0
+    while running and (rounds < timing.LEAST_ROUNDS or (spent < settings.seconds and rounds < timing.MOST_ROUNDS)):
+        for backend in running if rounds % 2 == 0 else running[::-1]:
+            whole = backend.compiled or backend.replayed
+            with contextlib.nullcontext() if whole else by_part(steps.of(backend), clock):
+                clock.start()
+                steps.take(backend)
+                parts = clock.stop()
+            total = sum(parts.values())
+            spent += total / 1e3
+            parts |= {"": total, WITHOUT_BACKBONE: total - parts["backbone"]}
+            for part, value in parts.items():
+                found[backend.name][part].append(value)
+        rounds += 1

@@ -1,0 +1,232 @@
+"""Where a training step's time goes, kernel by kernel: ``python -m bench.profile --backend triton-fast --out DIR``.
+
+Writes `profile.md` (the ten kernels that take most, and the ten longest stretches in which the device had nothing to
+do, between which kernels) and `profile.json` with all of them. On a CPU, where there are no kernels, PyTorch's operators
+stand for them, each with the time that is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from simmp_fast.cli.common import choose_device
+from simmp_fast.config import ConfigError
+
+from . import environment, network
+from .backends import BACKENDS, Backend, choose
+from .cases import CPU_BATCH, GPU_BATCH, STEP
+from .rows import write
+
+SHOWN = 10
+LONGEST_NAME = 90
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A stretch in which something ran on the device, in microseconds of the profiler's clock.
+
+    Attributes:
+        calls: 1 where the call began with it, 0 where it goes on after a call of its own.
+    """
+
+    name: str
+    start: float
+    end: float
+    calls: int = 1
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """All calls of one kernel.
+
+    Attributes:
+        calls: a step.
+        ms: a step.
+        share: of the time in which the device was at work; kernels that overlap count twice.
+    """
+
+    name: str
+    calls: float
+    ms: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A stretch without work, microseconds, and the kernels on either side."""
+
+    us: float
+    after: str
+    before: str
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What the steps of a record were made of.
+
+    Attributes:
+        steps: how many were recorded.
+        span_ms: from the first kernel's start to the last one's end, a step.
+        busy_ms: of that, time in which at least one kernel ran.
+        kernels: the most expensive first.
+        gaps: the longest first, of all steps.
+    """
+
+    steps: int
+    span_ms: float
+    busy_ms: float
+    kernels: list[Kernel]
+    gaps: list[Gap]
+
+
+def summarise(intervals: Sequence[Interval], steps: int) -> Profile:
+    """Kernels and gaps of what ran in `steps` steps.
+
+    Raises:
+        ValueError: nothing ran.
+    """
+    if not intervals:
+        raise ValueError("intervals: got none, expected what ran on the device")
+    ordered = sorted(intervals, key=lambda interval: (interval.start, interval.end))
+    gaps, last, busy = [], ordered[0], 0.0
+    covered = ordered[0].start
+    for current in ordered:
+        if current.start > covered:
+            gaps.append(Gap(current.start - covered, last.name, current.name))
+        if current.end > covered:
+            busy += current.end - max(covered, current.start)
+            covered, last = current.end, current
+    by_name: dict[str, list[Interval]] = {}
+    for interval in ordered:
+        by_name.setdefault(interval.name, []).append(interval)
+    kernels = []
+    for name, mine in by_name.items():
+        time = sum(interval.end - interval.start for interval in mine)
+        calls = sum(interval.calls for interval in mine)
+        kernels.append(Kernel(name, calls / steps, time / 1e3 / steps, time / busy if busy else 0.0))
+    return Profile(
+        steps,
+        (covered - ordered[0].start) / 1e3 / steps,
+        busy / 1e3 / steps,
+        sorted(kernels, key=lambda kernel: -kernel.ms),
+        sorted(gaps, key=lambda gap: -gap.us),
+    )
+
+
+def intervals_of(record: Any, device: torch.device) -> list[Interval]:
+    """What ran on the device while the profiler listened: kernels and copies, or a CPU's operators."""
+    events = [event for event in record.events() if not event.is_user_annotation]
+    if device.type == "cuda":
+        kernels = [event for event in events if event.device_type == DeviceType.CUDA]
+        return [Interval(event.name, event.time_range.start, event.time_range.end) for event in kernels]
+    return [piece for event in events if not event.name.startswith("[") for piece in _own(event)]
+
+
+def _own(event: Any) -> list[Interval]:
+    """The stretches of a CPU operator in which none that it called was at work."""
+    children = sorted((child.time_range for child in event.cpu_children), key=lambda time: time.start)
+    starts = [event.time_range.start, *(child.end for child in children)]
+    ends = [*(child.start for child in children), event.time_range.end]
+    pieces = [(start, end) for start, end in zip(starts, ends, strict=True) if end > start]
+    return [Interval(event.name, start, end, calls=int(index == 0)) for index, (start, end) in enumerate(pieces)]
+
+
+def record(backend: Backend, sizes: dict[str, int], dtype: torch.dtype, device: torch.device, count: int) -> Profile:
+    """Profile `count` training steps of the network after as many as a capture needs."""
+    steps = network.make(sizes, dtype, device).steps()
+    step = steps.of(backend)
+    steps.take(backend)
+    while step.replays is not None and not step.replays.replaying:
+        steps.take(backend)
+    steps.take(backend)
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        activities = [ProfilerActivity.CUDA]
+    with profile(activities=activities) as listening:
+        for _ in range(count):
+            steps.take(backend)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return summarise(intervals_of(listening, device), count)
+
+
+def markdown(found: Profile, title: str, where: dict[str, Any]) -> str:
+    """The ten largest kernels and gaps as tables."""
+    idle = found.span_ms - found.busy_ms
+    machine = where["gpu"] or where["cpu"]
+    lines = [
+        f"# {title}",
+        "",
+        f"{machine}, torch {where['torch']}, triton {where['triton']}, commit {where['commit']}; {found.steps} steps.",
+        "",
+        f"A step spans {found.span_ms:.2f} ms; at work {found.busy_ms:.2f} ms, idle {idle:.2f} ms "
+        f"({100 * idle / found.span_ms if found.span_ms else 0:.0f} %), in "
+        f"{sum(kernel.calls for kernel in found.kernels):.0f} kernels and copies.",
+        "",
+        "| kernel | calls a step | ms a step | share |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| `{_short(kernel.name)}` | {kernel.calls:g} | {kernel.ms:.3f} | {100 * kernel.share:.1f} % |"
+        for kernel in found.kernels[:SHOWN]
+    ]
+    lines += ["", "| gap, us | after | before |", "|---|---|---|"]
+    lines += [f"| {gap.us:.1f} | `{_short(gap.after)}` | `{_short(gap.before)}` |" for gap in found.gaps[:SHOWN]]
+    return "\n".join(lines) + "\n"
+
+
+def _short(name: str) -> str:
+    """A name that fits a table and does not break it."""
+    name = name.replace("|", "/").replace("`", "'")
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 3] + "..."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns 2 for a wrong argument."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.profile", description="profile the training step of the synapse preset, kernel by kernel"
+    )
+    parser.add_argument("--backend", default=None, help=f"one of {', '.join(BACKENDS)} (default: the fastest here)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=None, help="(default: bfloat16 on a GPU)")
+    parser.add_argument("--batch", type=int, default=None, help=f"images (default: {GPU_BATCH} on a GPU, {CPU_BATCH})")
+    parser.add_argument("--side", type=int, default=256, help="of the images (default: 256; below, the small network)")
+    parser.add_argument("--steps", type=int, default=3, help="steps to profile (default: 3)")
+    parser.add_argument("--device", default=None, help="such as cpu or cuda:0 (default: a GPU if there is one)")
+    parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder (default: bench-results)")
+    options = parser.parse_args(arguments)
+    try:
+        if options.steps < 1:
+            raise ConfigError(f"--steps: got {options.steps}, expected at least 1")
+        device = choose_device(options.device)
+        on_gpu = device.type == "cuda"
+        name = options.backend or ("triton-fast" if on_gpu else "portable")
+        backend = choose([name], device, STEP, compiled=True)[-1]
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    sizes = {"B": options.batch or (GPU_BATCH if on_gpu else CPU_BATCH), "side": options.side}
+    dtype = getattr(torch, options.dtype or ("bfloat16" if on_gpu else "float32"))
+    found = record(backend, sizes, dtype, device, options.steps)
+    where = environment.describe(device)
+    title = f"Training step, {backend.name}, {str(dtype).removeprefix('torch.')}, batch {sizes['B']}"
+    text = markdown(found, title, where)
+    options.out.mkdir(parents=True, exist_ok=True)
+    write(options.out / "profile.md", text)
+    write(options.out / "profile.json", json.dumps({"title": title, "environment": where, **asdict(found)}, indent=1))
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

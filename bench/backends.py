@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from simmp_fast.config import ConfigError
 from simmp_fast.ops import why_not_triton
@@ -28,6 +30,7 @@ class Backend:
         compiled: under `torch.compile`.
         channels_last: the training step with the channels innermost.
         replayed: the training step replayed from a CUDA graph.
+        attention: the implementation that PyTorch's SDPA is held to, a name in `SDPBackend`; its own choice by default.
         usual: whether it is measured without being asked for by name.
     """
 
@@ -36,6 +39,7 @@ class Backend:
     compiled: bool = False
     channels_last: bool = False
     replayed: bool = False
+    attention: str = ""
     usual: bool = True
 
     def takes(self, operator: str) -> bool:
@@ -43,6 +47,14 @@ class Backend:
         if self.channels_last or self.replayed:
             return operator == STEP
         return self.door != "sdpa" or operator == "context_attention"
+
+    def missing(self, device: torch.device) -> str | None:
+        """Why it cannot run on a device; None if it can."""
+        if self.door == "triton":
+            return why_not_triton(device)
+        if self.attention and device.type != "cuda":
+            return f"the tensors are on {device.type}, this attention needs a CUDA device"
+        return None
 
 
 BACKENDS = {
@@ -53,6 +65,8 @@ BACKENDS = {
         Backend("portable", "portable"),
         Backend("portable-compiled", "portable", compiled=True),
         Backend("sdpa", "sdpa"),
+        Backend("sdpa-flash", "sdpa", attention="FLASH_ATTENTION"),
+        Backend("sdpa-cudnn", "sdpa", attention="CUDNN_ATTENTION"),
         Backend("triton", "triton"),
         Backend("triton-compiled", "triton", compiled=True, usual=False),
         Backend("triton-channels-last", "triton", channels_last=True, usual=False),
@@ -77,21 +91,31 @@ def choose(names: Sequence[str], device: torch.device, operator: str, compiled: 
     unknown = [name for name in names if name not in BACKENDS]
     if unknown:
         raise ConfigError(f"--backend: got {unknown[0]!r}, expected some of {', '.join(BACKENDS)}")
-    reason = why_not_triton(device)
-    asked = next((name for name in names if BACKENDS[name].door == "triton"), None)
-    if asked is not None and reason is not None:
-        raise ConfigError(f"--backend: {asked!r} cannot run here: {reason}")
+    for name in names:
+        reason = BACKENDS[name].missing(device)
+        if reason is not None:
+            raise ConfigError(f"--backend: {name!r} cannot run here: {reason}")
     wanted = set(names) | {BASELINE}
     if not names:
         usual = [b for b in BACKENDS.values() if b.usual and (compiled or not b.compiled)]
-        wanted = {b.name for b in usual if reason is None or b.door != "triton"}
+        wanted = {b.name for b in usual if b.missing(device) is None}
     return [backend for backend in BACKENDS.values() if backend.name in wanted and backend.takes(operator)]
 
 
-def plain_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """`context_attention` by one call of PyTorch's attention."""
-    query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, scale=1.0).squeeze(1)
+def sdpa(attention: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """`context_attention` by one call of PyTorch's attention.
+
+    Args:
+        attention: a name in `SDPBackend`, which then takes the call or raises; "" leaves the choice to PyTorch.
+    """
+
+    def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        held = sdpa_kernel(getattr(SDPBackend, attention)) if attention else contextlib.nullcontext()
+        query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        with held:
+            return F.scaled_dot_product_attention(query, key, value, scale=1.0).squeeze(1)
+
+    return call
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

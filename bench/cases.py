@@ -147,6 +147,9 @@ def registry(device: str, batch: int | None = None) -> list[Case]:
     for index, (label, side, channels, dim, clusters, uses) in enumerate(BLOCKS):
         sizes = {"B": images, "N": side * side, "C": channels, "D": dim, "K": clusters, "M": SLOTS, "k": 50}
         cases.append(Case("dmwla_block", sizes, "blocks", label, uses, compiled=index == 0))
+    for label, tokens, width, uses in contexts():
+        sizes = {"B": images, "N": tokens, "D": width}
+        cases.append(Case("context_attention", sizes, "context", label, uses, tier=EVERYTHING))
     cases.append(Case("dsgim", sized["dsgim"], "dsgim", "six uses in encoder stage 3", 6))
     cases.append(Case("powerset_loss", sized["powerset_loss"], "loss", "the training step's", compiled=True))
     for swept, name, fine, coarse in _SWEEPS:
@@ -168,6 +171,16 @@ def registry(device: str, batch: int | None = None) -> list[Case]:
         for n in (0, 2)
     ]
     return cases
+
+
+def contexts() -> list[tuple[str, int, int, int]]:
+    """Label, tokens, width and uses of each shape of context attention in the network, reassociated where C < D."""
+    found: dict[tuple[int, int], tuple[str, int]] = {}
+    for label, side, channels, dim, _, uses in BLOCKS:
+        shape = (side * side, min(channels, dim))
+        first, before = found.get(shape, (label, 0))
+        found[shape] = (first, before + uses)
+    return [(label, *shape, uses) for shape, (label, uses) in found.items()]
 
 
 def with_batch(sizes: Mapping[str, int], images: int) -> dict[str, int]:

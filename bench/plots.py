@@ -29,7 +29,13 @@ STYLES = {
     "portable": ("#0072B2", "^", "-"),
     "portable-compiled": ("#56B4E9", "v", "--"),
     "sdpa": ("#8F8F8F", "D", ":"),
+    "sdpa-flash": ("#A8A8A8", "<", ":"),
+    "sdpa-cudnn": ("#C4C4C4", ">", ":"),
     "triton": ("#E69F00", "P", "-"),
+    "triton-compiled": ("#C77700", "X", "--"),
+    "triton-channels-last": ("#EDB95E", "p", "--"),
+    "triton-graph": ("#F0D9A8", "h", "--"),
+    "triton-fast": ("#9A3F00", "*", "-"),
 }
 # Colour and hatch, dark and light in turn.
 PART_STYLES = {

@@ -17,7 +17,7 @@ from torch import Tensor
 from simmp_fast import ops
 from simmp_fast.config import ModelConfig, preset
 
-from .backends import Backend, compiled, plain_sdpa
+from .backends import Backend, compiled, sdpa
 from .formulas import head_sides
 
 Sizes = Mapping[str, int]
@@ -93,7 +93,7 @@ class Problem:
 
     def _operator_call(self, backend: Backend) -> Callable[..., Any]:
         if backend.door == "sdpa":
-            return plain_sdpa
+            return sdpa(backend.attention)
         operator, door = getattr(ops, self.operator), backend.door
 
         def call(**arguments: Any) -> Any:

@@ -1,8 +1,8 @@
 """Where a training step's time goes, kernel by kernel: ``python -m bench.profile --backend triton-fast --out DIR``.
 
 Writes `profile.md` (the ten kernels that take most, and the ten longest stretches in which the device had nothing to
-do, between which kernels) and `profile.json` with all of them. On a CPU, where there are no kernels, PyTorch's operators
-stand for them, each with the time that is its own.
+do, between which kernels) and `profile.json` with all of them. A CPU has no kernels: PyTorch's operators stand for them
+there, each with the time that is its own.
 """
 
 from __future__ import annotations

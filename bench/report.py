@@ -11,6 +11,7 @@ from .rows import OK, PARITY_FAILED, Row, shape_text
 _TITLES = {
     "operators": "Operators",
     "blocks": "The sixteen DMW-LA blocks",
+    "context": "Context attention at the network's shapes",
     "dsgim": "DS-GIM",
     "loss": "The loss",
     "network": "The whole network, forward",

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from bench import backends, cases, problems
 from bench.backends import BACKENDS
 from bench.formulas import FORMULAS, head_sides
+from bench.plots import STYLES
 from simmp_fast.config import ConfigError, preset
 from simmp_fast.model import SimMPNet
 
@@ -130,3 +131,18 @@ def test_backends() -> None:
         names("triton")
     with pytest.raises(ConfigError, match="--backend: got 'cudnn'"):
         names("cudnn")
+    with pytest.raises(ConfigError, match="'sdpa-flash' cannot run here: the tensors are on cpu"):
+        names("sdpa-flash")
+
+
+def test_every_backend_has_a_style_of_its_own() -> None:
+    assert STYLES.keys() == BACKENDS.keys()
+    assert len(set(STYLES.values())) == len(STYLES)
+
+
+def test_context_attention_at_every_block() -> None:
+    """The shapes that the blocks call it with, as often as they do: in C dimensions where C < D."""
+    shapes = {(tokens, width): uses for _, tokens, width, uses in cases.contexts()}
+    assert sum(shapes.values()) == sum(uses for *_, uses in cases.BLOCKS) == 16
+    assert shapes[3136, 96] == 3
+    assert shapes[784, 128] == 1

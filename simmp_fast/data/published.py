@@ -55,7 +55,7 @@ def read_split(name: str) -> dict[str, Any]:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Every file below `folder`, in order.
+    """Every file below `folder` but hidden ones, in order.
 
     Raises:
         DataError: no such folder.
@@ -63,7 +63,8 @@ def files_below(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     # Large data sets are often links to another disk.
-    return sorted(Path(where) / name for where, _, names in os.walk(folder, followlinks=True) for name in names)
+    walk = os.walk(folder, followlinks=True)
+    return sorted(Path(where, name) for where, _, names in walk for name in names if not name.startswith("."))
 
 
 def wrong_folder(folder: Path, looked_for: str) -> DataError:

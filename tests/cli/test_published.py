@@ -74,9 +74,7 @@ DOWNLOADS = {
 
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("download", DOWNLOADS.values(), ids=DOWNLOADS)
-def test_from_download_to_prediction(
-    download: Download, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+def test_from_download_to_prediction(download: Download, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = download.name
     source, cache, run = tmp_path / "download", tmp_path / "cache", tmp_path / "run"
     download.write(source)

@@ -67,7 +67,7 @@ def acdc(folder: Path, split: str = "released") -> PublishedSource:
     if prepared:
         chosen = {i: one_kind(prepared[i], slices=i in parts["train"]) for i in ids}
         cases = [stack_case(i, stack, folder, CLASSES, problems) for i, stack in chosen.items()]
-        problems += _slice_count([chosen[i] for i in parts["train"]], split)
+        problems += _slice_count(folder, [chosen[i] for i in parts["train"]], split)
         intensity = Intensity("percentile", 0, 100)
     else:
         cases = [
@@ -113,13 +113,13 @@ def _parts(ids: Iterable[str], split: str) -> dict[str, list[str]]:
     return parts
 
 
-def _slice_count(train: Iterable[Stack], split: str) -> list[str]:
+def _slice_count(folder: Path, train: Iterable[Stack], split: str) -> list[str]:
     """A problem where training slices are missing at the end of a stack, which their numbers alone do not show."""
     numbers = [number for stack in train for number in stack]
     need = SPLITS[split]["train_slices"]
     if None in numbers or len(numbers) == need:
         return []
-    return [f"training slices: got {len(numbers)}, expected {need} as the split {split!r} has"]
+    return [f"{folder}: got {len(numbers)} training slices, expected {need} as the split {split!r} has"]
 
 
 def _load_raw(image_path: Path, mask_path: Path) -> tuple[Volume, Array]:

@@ -5,6 +5,7 @@ Such files state no spacing and no orientation.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -86,12 +87,14 @@ def _load(
         try:
             image = read_image(file)
             label = checked_label(image, read_label(file), classes, {i: i for i in range(len(classes))}, "axial")
-            _check_shape(image, images, is_volume, slices)
+            _check_axes(image, is_volume, slices)
         except DataError as error:
             problems.append(str(error))
         else:
             images.append(image)
             labels.append(label)
+    if not is_volume:
+        problems += _odd_shapes(images)
     if problems:
         raise DataError("\n".join(problems))
     if is_volume:
@@ -100,12 +103,20 @@ def _load(
     return Volume(np.stack([image.array for image in images]), None, place), np.stack(labels)
 
 
-def _check_shape(image: Volume, before: Sequence[Volume], is_volume: bool, slices: int | None) -> None:
+def _check_axes(image: Volume, is_volume: bool, slices: int | None) -> None:
     if image.colour or len(image.shape) != (3 if is_volume else 2):
         need = "[d, h, w]" if is_volume else "[h, w]"
         raise DataError(f"{image.path}: got an image of shape {list(image.array.shape)}, expected {need}")
     if is_volume and slices is not None and image.shape[0] != slices:
         raise DataError(f"{image.path}: got {image.shape[0]} slices, expected {slices} as the split says")
-    if before and not is_volume and image.shape != before[0].shape:
-        need = f"{list(before[0].shape)} as {before[0].path} has"
-        raise DataError(f"{image.path}: got shape {list(image.shape)}, expected {need}")
+
+
+def _odd_shapes(images: Sequence[Volume]) -> list[str]:
+    """A problem for each slice that has not the shape of most."""
+    shapes = Counter(image.shape for image in images)
+    usual = max(shapes, key=lambda shape: shapes[shape], default=())
+    return [
+        f"{image.path}: got shape {list(image.shape)}, expected {list(usual)} as most slices of the case have"
+        for image in images
+        if image.shape != usual
+    ]

@@ -159,7 +159,7 @@ def test_every_bad_prepared_file_is_named(mt_unet):
     expected = [
         "patient002: got patient002_ED, expected two phases",
         "patient001_ED: no file of slices 4 (1 of 0 to ",
-        "training slices: got 1302, expected 1304 as the split 'mt_unet' has",
+        f"{mt_unet}: got 1302 training slices, expected 1304 as the split 'mt_unet' has",
         "train/case_005_sliceED_0.npz (label): got labels 4, expected only 0, 1, 2, 3 (4 classes)",
         "train/case_006_sliceED_0.npz: no array 'image' or 'img' in the file, got ",
     ]

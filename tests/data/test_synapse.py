@@ -145,17 +145,15 @@ def test_every_bad_prepared_file_is_named(prepared_copy):
         "train_npz/case0021_slice000.npz (label): got labels 9, expected only 0, 1, 2, 3, 4, 5, 6, 7, 8",
         "train_npz/case0021_slice001.npz (label): got labels 13, expected only 0, 1, 2, 3, 4, 5, 6, 7, 8",
         "train_npz/case0023 (slices): got values from ",
-        "train_npz/case0024_slice001.npz: got shape [8, 8], expected [4, 8] as ",
+        "train_npz/case0024_slice000.npz: got shape [4, 8], expected [8, 8] as most slices of the case have",
         "train_npz/case0026_slice000.npz: no array 'label' in the file, got image",
         "train_npz/case0027_slice000.npz: got an image of shape [2, 8, 8], expected [h, w]",
         "test_vol_h5/case0002.npy.h5: got an image of shape [8, 8], expected [d, h, w]",
     ]
     lines = refusal(prepared_copy)
+    assert len(lines) == len(expected)
     for text in expected:
         assert sum(line.startswith(text) for line in lines) == 1, text
-    others = [line for line in lines if not line.startswith(tuple(expected))]
-    assert len(others) == 122
-    assert all("case0024_slice" in line for line in others), "each slice that differs from the first"
 
 
 def test_every_bad_raw_file_is_named(raw_copy):

@@ -12,7 +12,8 @@ _EXAMPLE = """simmp-fast evaluate runs/demo --data cache/demo --split test --pro
 
 protocols:
   published  the convention of the published tables: voxel units, fixed values for empty masks
-  strict     millimetres; a class absent from both masks is left out, undefined distances are counted"""
+  strict     millimetres (voxels where the files state no spacing); a class absent from both masks is left out,
+             undefined distances are counted"""
 
 
 def register(commands: Any) -> None:

@@ -10,6 +10,14 @@ from simmp_fast.cli.common import add_command
 
 _EXAMPLE = """simmp-fast prepare demo --out cache/demo --image-size 128
   simmp-fast prepare my_data.yaml --out cache/my_data
+  simmp-fast prepare synapse --source downloads/Synapse --out cache/synapse
+  simmp-fast prepare acdc --source downloads/ACDC --split mt_unet --out cache/acdc
+
+published data sets, in a folder that you downloaded (docs/datasets.md has the layouts):
+  synapse    case0005_slice000.npz and case0001.npy.h5, or raw: img0001.nii.gz and label0001.nii.gz
+  acdc       raw: patient001_frame01.nii.gz and patient001_frame01_gt.nii.gz, or prepared npz or h5 files
+  isic2018   the folders ISIC2018_Task1-2_Training_Input and ISIC2018_Task1_Training_GroundTruth
+  segpc2021  the folders train/x, train/y, validation/x and validation/y
 
 a YAML file for your own folder of images and masks, NIfTI volumes or pictures:
   name: my_data
@@ -23,7 +31,11 @@ a YAML file for your own folder of images and masks, NIfTI volumes or pictures:
 def register(commands: Any) -> None:
     """Add the command."""
     parser = add_command(commands, "prepare", "check a data set and write its cache", _EXAMPLE)
-    parser.add_argument("source", help="demo, or the YAML file that describes your data")
+    parser.add_argument(
+        "dataset", help="demo, synapse, acdc, isic2018, segpc2021, or the YAML file that describes your data"
+    )
+    parser.add_argument("--source", type=Path, metavar="DIR", help="folder of a published data set, as downloaded")
+    parser.add_argument("--split", metavar="NAME", help="acdc: released (if none is named), mt_unet or ssl4mis")
     parser.add_argument("--out", type=Path, required=True, help="folder of the cache")
     parser.add_argument("--image-size", type=int, default=256, help="side of the network's square in pixels [S1]")
     parser.add_argument("--force", action="store_true", help="replace a cache that is already there")
@@ -34,7 +46,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Prepare and say what the cache holds."""
     from simmp_fast.data import open_source, prepare
 
-    cache = prepare(open_source(arguments.source), arguments.out, arguments.image_size, force=arguments.force)
+    source = open_source(arguments.dataset, arguments.source, arguments.split)
+    cache = prepare(source, arguments.out, arguments.image_size, force=arguments.force)
     parts = ", ".join(
         f"{name} {sum(cache.case(i).slices for i in ids)} slices of {len(ids)} cases"
         for name, ids in cache.splits.items()

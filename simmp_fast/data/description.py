@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from simmp_fast.config import ConfigError, from_mapping, read_yaml
 from simmp_fast.data.preprocess import Intensity, Recipe
+from simmp_fast.data.sources import drawn
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,7 @@ class Split:
         Raises:
             ConfigError: too few cases.
         """
-
-        # By checksum and not by a random generator: the same with every version of every library.
-        def draw(case_id: str) -> str:
-            return hashlib.sha256(f"{self.seed}:{case_id}".encode()).hexdigest()
-
-        drawn = sorted(ids, key=draw)
+        order = drawn(ids, self.seed)
         validation = max(1, round(self.validation * len(ids))) if self.validation else 0
         test = max(1, round(self.test * len(ids))) if self.test else 0
         train = len(ids) - validation - test
@@ -53,9 +48,9 @@ class Split:
                 f"split: got {len(ids)} cases, expected at least {validation + test + 1} for these shares"
             )
         return {
-            "train": sorted(drawn[:train]),
-            "validation": sorted(drawn[train : train + validation]),
-            "test": sorted(drawn[train + validation :]),
+            "train": sorted(order[:train]),
+            "validation": sorted(order[train : train + validation]),
+            "test": sorted(order[train + validation :]),
         }
 
 

@@ -29,6 +29,9 @@ PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 ARRAYS = (".npz", ".h5", ".hdf5")
 EXTENSIONS = NIFTI + PICTURES + ARRAYS
 
+# What npz and HDF5 files in circulation call an image and a label.
+_ARRAY_NAMES = {"image": ("image", "img"), "label": ("label",)}
+
 # Picture modes of Pillow whose array is the values themselves: 1-bit, grey of 8, 16 and 32 bits, float, colour.
 _PLAIN_MODES = ("1", "L", "I;16", "I;16B", "I;16L", "I", "F", "RGB")
 
@@ -68,7 +71,7 @@ def stem(path: str | Path) -> str:
 
 
 def read_image(path: str | Path) -> Volume:
-    """Read an image or a volume; of an npz or HDF5 file, its `image`.
+    """Read an image or a volume; of an npz or HDF5 file, its `image` (or `img`).
 
     Values keep their dtype, but float64 becomes float32.
 
@@ -226,6 +229,9 @@ def _read_arrays(path: Path, kind: str, key: str) -> Volume:
 
 
 def _entry(content: Any, key: str, path: Path) -> Array:
-    if key not in content:
-        raise DataError(f"{path}: no array {key!r} in the file, got {', '.join(content) or 'none'}")
-    return np.asarray(content[key][()])
+    names = _ARRAY_NAMES[key]
+    name = next((n for n in names if n in content), None)
+    if name is None:
+        need = " or ".join(map(repr, names))
+        raise DataError(f"{path}: no array {need} in the file, got {', '.join(content) or 'none'}")
+    return np.asarray(content[name][()])

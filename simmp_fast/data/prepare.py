@@ -72,7 +72,7 @@ def check(source: Source, recipe: Recipe, progress: bool = True) -> dict[str, tu
             image, _ = case.load()
             slices, _ = normalised_slices(image, recipe)
         except DataError as error:
-            problems.append(str(error))
+            problems += str(error).splitlines()  # a case of several files may have several
             continue
         found[case.id] = len(slices), image.array.dtype
         first = first_with.setdefault(_content(image.array), case.source)

@@ -117,6 +117,11 @@ class Geometry:
     affine: tuple[tuple[float, ...], ...] | None = field(default=None)
 
     @property
+    def has_spacing(self) -> bool:
+        """Whether the file says how large its voxels are."""
+        return self.affine is not None
+
+    @property
     def slice_shape(self) -> tuple[int, int, int]:
         """(slices, rows, columns) in canonical order."""
         full = (1,) * (3 - len(self.shape)) + self.shape

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,6 +54,14 @@ class Source(Protocol):
     def splits(self) -> dict[str, list[str]]:
         """ "train", "validation" and "test" to case ids."""
         ...
+
+
+def drawn(ids: Iterable[str], seed: int) -> list[str]:
+    """Case ids in a random order that depends on nothing but the ids and the seed.
+
+    By checksum and not by a random generator: the same with every version of every library.
+    """
+    return sorted(ids, key=lambda case_id: hashlib.sha256(f"{seed}:{case_id}".encode()).hexdigest())
 
 
 def checked_label(

@@ -44,7 +44,7 @@ def evaluate(
         model: returns a list of heads `[B, classes, S1, S1]`; moved to `device` if one is named.
         cache: prepared cache.
         split: one of the cache's splits.
-        protocol: "published" or "strict".
+        protocol: "published" or "strict"; "strict" measures in voxels, and says so, where no case states its spacing.
         batch_size: slices per forward pass; slices of several cases share a batch.
         device: None is where the model is.
         precision: "float32" or "bfloat16" (autocast).
@@ -52,11 +52,13 @@ def evaluate(
         progress: show a bar on a terminal.
 
     Raises:
-        DataError: an unknown or empty split, or a model of another number of classes.
+        DataError: an unknown or empty split, a model of another number of classes, or cases with and without spacing
+            under a protocol in millimetres.
         ValueError: an unknown protocol or precision.
     """
     rule = get_protocol(protocol)
     cases = _cases(cache, split)
+    rule = _measurable(rule, cases)
     slices = _progress(_slices(cases), sum(case.slices for case in cases), f"evaluate {split}", progress)
     count = len(cache.classes)
     rows: list[Row] = []
@@ -105,6 +107,19 @@ def slice_dice(
             if present.any():
                 means.append(float((2 * confusion.diagonal()[1:][present] / total[present]).mean()))
     return float(np.mean(means)) if means else float("nan")
+
+
+def _measurable(protocol: Protocol, cases: Sequence[Case]) -> Protocol:
+    """The protocol in the unit that the cases allow."""
+    unknown = [case.id for case in cases if not case.geometry.has_spacing]
+    if protocol.unit == "voxel" or not unknown:
+        return protocol
+    if len(unknown) == len(cases):
+        return protocol.in_voxels()
+    raise DataError(
+        f"protocol {protocol.name!r}: the files of {', '.join(unknown)} state no spacing and the others do, expected "
+        "one or the other: distances in voxels and in mm have no mean"
+    )
 
 
 def _score(case: Case, predicted: NDArray[np.uint8], classes: Sequence[str], protocol: Protocol) -> list[Row]:

@@ -1,8 +1,9 @@
 """The two conventions under which numbers are reported; every table names the one it follows.
 
 `published` is the convention of the published tables: distances in voxels, and where a mask is empty a fixed score.
-`strict` measures in millimetres and invents nothing: a class absent from prediction and truth is left out of the mean;
-absent from one of them it scores Dice 0, and its distances are undefined, which is counted and reported.
+`strict` measures in millimetres (where the files state no spacing in voxels, and says so) and invents nothing: a class
+absent from prediction and truth is left out of the mean; absent from one of them it scores Dice 0, and its distances
+are undefined, which is counted and reported.
 """
 
 from __future__ import annotations
@@ -33,14 +34,25 @@ class Protocol:
     Attributes:
         name: as tables print it.
         unit: unit of the distances, "voxel" or "mm".
-        summary: one line for tables: units and the treatment of empty masks.
+        distances: what tables say of it.
+        masks: what tables say of the treatment of empty masks.
         empties: scores a measurement, deciding what an empty mask is worth.
     """
 
     name: str
     unit: str
-    summary: str
+    distances: str
+    masks: str
     empties: Callable[[Measurement], Measurement]
+
+    @property
+    def summary(self) -> str:
+        """One line for tables: units and the treatment of empty masks."""
+        return f"distances in {self.distances}; {self.masks}"
+
+    def in_voxels(self) -> Protocol:
+        """This convention for files that state no spacing."""
+        return replace(self, unit="voxel", distances="voxels, as the files state no spacing")
 
     def score(
         self, prediction: Labels, truth: Labels, classes: int, spacing: Sequence[float] | None
@@ -66,13 +78,15 @@ PROTOCOLS: dict[str, Protocol] = {
     "published": Protocol(
         "published",
         "voxel",
-        "distances in voxels; empty prediction scores 0 0 0 0, empty truth alone 1 0 1 0",
+        "voxels",
+        "empty prediction scores 0 0 0 0, empty truth alone 1 0 1 0",
         _published,
     ),
     "strict": Protocol(
         "strict",
         "mm",
-        "distances in mm; a class absent from both is left out, absent from one has Dice 0 and no distance",
+        "mm",
+        "a class absent from both is left out, absent from one has Dice 0 and no distance",
         _strict,
     ),
 }

@@ -138,7 +138,12 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("command", "message"),
     [
         ("prepare nothing.yaml --out {0}/x", "nothing.yaml"),
-        ("prepare lungs --out {0}/x", "data set: got 'lungs', expected one of demo"),
+        ("prepare lungs --out {0}/x", "data set: got 'lungs', expected one of acdc, demo"),
+        ("prepare acdc --out {0}/x", "source: missing, expected the folder of the acdc download (--source)"),
+        ("prepare acdc --source {0}/images --out {0}/x", "looked for patient001_frame01.nii.gz"),
+        ("prepare acdc --source {0} --split mine --out {0}/x", "split: got 'mine', expected one of released, mt_unet"),
+        ("prepare isic2018 --source {0} --split released --out {0}/x", "split: got 'released', expected none"),
+        ("prepare demo --source {0} --out {0}/x", "expected none: only acdc, isic2018, segpc2021, synapse"),
         ("train --data {0}/none --run {0}/x", "none"),
         ("train --data {0}/cache --run {0}/x --preset huge", "preset: got 'huge'"),
         ("train --data {0}/cache --run {0}/x --set train.lr=fast", "train.lr: got 'fast', expected a float"),

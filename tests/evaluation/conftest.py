@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stand_ins import SIDE, LevelModel, make_cache
+from stand_ins import AFFINE, SIDE, LevelModel, make_cache
 
 from simmp_fast.data.cache import Cache
 from simmp_fast.data.preprocess import Geometry, Intensity, Recipe
@@ -34,6 +34,6 @@ def cache(tmp_path: Path, recipe: Recipe) -> Cache:
         native = small.repeat(2, axis=1).repeat(2, axis=2)
         noisy = np.where(rng.random(small.shape) < 0.05, (small + 1) % 3, small)
         images = (noisy / 2).astype(np.float32)[:, None]
-        placed = Geometry((slices, 2 * SIDE, 2 * SIDE), spacing=(3.0, 0.5, 0.75))
+        placed = Geometry((slices, 2 * SIDE, 2 * SIDE), spacing=(3.0, 0.5, 0.75), affine=AFFINE)
         cases[name] = (images, native, placed)
     return make_cache(tmp_path / "cache", recipe, cases)

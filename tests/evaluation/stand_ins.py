@@ -12,6 +12,8 @@ from simmp_fast.data.cache import Cache, CacheWriter
 from simmp_fast.data.preprocess import Geometry, Recipe, resize_label
 
 SIDE = 16
+# Of a file that states its spacing.
+AFFINE = ((3.0, 0.0, 0.0, 0.0), (0.0, 0.5, 0.0, 0.0), (0.0, 0.0, 0.75, 0.0), (0.0, 0.0, 0.0, 1.0))
 
 
 class LevelModel(nn.Module):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stand_ins import SIDE, LevelModel, make_cache
+from stand_ins import AFFINE, SIDE, LevelModel, make_cache
 
 from simmp_fast.data.cache import Cache
 from simmp_fast.data.errors import DataError
@@ -86,7 +86,7 @@ def partial(tmp_path: Path, recipe: Recipe) -> Cache:
     low, both = blank.copy(), blank.copy()
     low[:, 2:6, 2:6] = both[:, 2:6, 2:6] = 1
     both[:, 8:12, 8:12] = 2
-    placed = Geometry(blank.shape)
+    placed = Geometry(blank.shape, affine=AFFINE)
     images = (low / 2).astype(np.float32)[:, None]
     return make_cache(
         tmp_path / "partial", recipe,
@@ -124,6 +124,37 @@ def test_unknown_and_empty_splits(model: LevelModel, cache: Cache) -> None:
     for split in ("holdout", "train"):
         with pytest.raises(DataError, match=f"split: got '{split}', expected one of 'levels' that holds cases: test"):
             evaluate(model, cache, split)
+
+
+def make_pair(folder: Path, recipe: Recipe, first: Geometry, second: Geometry) -> Cache:
+    """Two cases of two slices whose prediction is off by a pixel."""
+    truth = np.zeros((2, SIDE, SIDE), np.uint8)
+    truth[:, 4:9, 4:9] = 1
+    images = (np.roll(truth, 1, axis=2) / 2).astype(np.float32)[:, None]
+    return make_cache(folder, recipe, {"first": (images, truth, first), "second": (images, truth, second)})
+
+
+def test_strict_says_when_no_file_states_its_spacing(model: LevelModel, recipe: Recipe, tmp_path: Path) -> None:
+    shape = (2, SIDE, SIDE)
+    stated = Geometry(shape, spacing=(3.0, 0.5, 0.75), affine=AFFINE)
+    measured = evaluate(model, make_pair(tmp_path / "mm", recipe, stated, stated), "test", protocol="strict")
+    silent = evaluate(
+        model, make_pair(tmp_path / "none", recipe, Geometry(shape), Geometry(shape)), "test", protocol="strict"
+    )
+    assert (measured.rows[0].score.hd95, silent.rows[0].score.hd95) == (0.75, 1.0)
+    assert measured.summary()["distance_unit"] == "mm"
+    assert silent.summary()["distance_unit"] == "voxel"
+    assert "HD95 [voxel]" in silent.table()
+    assert "distances in voxels, as the files state no spacing; a class absent from both" in silent.table()
+    assert silent.rows[0].score.dice == measured.rows[0].score.dice
+
+
+def test_strict_refuses_to_average_millimetres_and_voxels(model: LevelModel, recipe: Recipe, tmp_path: Path) -> None:
+    shape = (2, SIDE, SIDE)
+    cache = make_pair(tmp_path / "both", recipe, Geometry(shape, affine=AFFINE), Geometry(shape))
+    with pytest.raises(DataError, match="protocol 'strict': the files of second state no spacing and the others do"):
+        evaluate(model, cache, "test", protocol="strict")
+    assert len(evaluate(model, cache, "test", protocol="published").cases) == 2
 
 
 @pytest.mark.parametrize("protocol", ["published", "strict"])

@@ -3,22 +3,31 @@
     python -m simmp_fast.kernels.tune                        # every kernel, bfloat16 and float32
     python -m simmp_fast.kernels.tune context_forward        # some kernels
     python -m simmp_fast.kernels.tune --dtype half           # one dtype class
+    python -m simmp_fast.kernels.tune --minutes 9            # stop then; what was found is kept
     python -m simmp_fast.kernels.tune --dry-run              # what there is to tune, without a GPU
 
-From the row in use one number is changed at a time and a change is kept if it gains 2 %, until none does. What spills,
-needs more shared memory than the device has, or leads to other results is never timed. Rows go to `measured.txt` as
-they are found; bring docs/kernels/resources.txt up to date afterwards.
+All rows descend together, round by round. In a round every number of a row's best configuration is changed, one at a
+time; all these candidates are compiled, each by a process of its own, which leaves the machine code in Triton's cache;
+then this process, alone on the GPU, times them. A row goes on from its fastest candidate while that gains 2 %. What
+spills, needs more shared memory than the device has, or leads to other results is never timed. Rows go to
+`measured.txt` as they are found; bring docs/kernels/resources.txt up to date afterwards.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import math
+import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -26,11 +35,13 @@ from torch import Tensor
 
 from .aot import Case, compile_case, faults
 from .configs import DTYPE_CLASSES, MEASURED, Config, device_limits, forced, lookup, rows, widths
-from .workloads import workload
+from .workloads import Run, workload
 
 GAIN = 0.98
 SMALLEST_TILE, LARGEST_TILE = 16, 256
 WARPS, MOST_STAGES = (4, 8), 4
+# Processes that compile at the same time, each with a workload of its own; and the seconds that one may take.
+MOST_JOBS, PATIENCE = 14, 180.0
 # The dtype that stands for a class, by PyTorch and by the names of `aot`.
 STANDS_FOR = {
     "half": (torch.bfloat16, "bfloat16"),
@@ -38,6 +49,33 @@ STANDS_FOR = {
     "tf32": (torch.float32, "tf32"),
     "any": (torch.bfloat16, "bfloat16"),
 }
+
+
+@dataclass(frozen=True)
+class Target:
+    """The device that is tuned for.
+
+    Attributes:
+        index: of the CUDA device.
+        capability: its compute capability.
+        limit: shared memory a block may have there, bytes.
+    """
+
+    index: int
+    capability: tuple[int, int]
+    limit: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A row of the table: kernel, dtype class and width."""
+
+    kernel: str
+    dtype: str
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.kernel} {self.dtype} {self.width}"
 
 
 def neighbours(config: Config) -> Iterator[Config]:
@@ -57,35 +95,38 @@ def neighbours(config: Config) -> Iterator[Config]:
             yield replace(config, stages=stages)
 
 
-def search(start: Config, measure: Callable[[Config], float | None]) -> tuple[Config, float, float]:
-    """Follow the neighbours that gain until none does.
+class Descent:
+    """The way of one row through its configurations, downhill in time.
 
     Args:
         start: the row in use.
-        measure: milliseconds of a configuration, None where it cannot be used.
+        first: its milliseconds.
 
-    Returns:
-        the fastest configuration found, its time, and that of `start`.
-
-    Raises:
-        ValueError: `start` itself cannot be used.
+    Attributes:
+        best: the fastest configuration so far.
+        time: its milliseconds.
+        done: whether nothing was gained last.
     """
-    first = measure(start)
-    if first is None:
-        raise ValueError(f"{start.kernel}: the configuration in use cannot run")
-    best, time, tried = start, first, {_key(start)}
-    improved = True
-    while improved:
-        improved = False
-        for candidate in neighbours(best):
-            if _key(candidate) in tried:
-                continue
-            tried.add(_key(candidate))
-            found = measure(candidate)
-            if found is not None and found < GAIN * time:
-                best, time, improved = candidate, found, True
-                break
-    return best, time, first
+
+    def __init__(self, start: Config, first: float) -> None:
+        self.start = self.best = start
+        self.first = self.time = first
+        self.done = False
+        self._tried = {_key(start)}
+
+    def candidates(self) -> list[Config]:
+        """Neighbours of the best configuration that were not tried yet."""
+        found = {_key(config): config for config in neighbours(self.best) if _key(config) not in self._tried}
+        self._tried |= found.keys()
+        return list(found.values())
+
+    def take(self, times: Sequence[tuple[Config, float]]) -> bool:
+        """Go to the fastest of the candidates that could be timed, if it gains; whether it did."""
+        best, time = min(times, key=lambda found: found[1], default=(self.best, math.inf))
+        self.done = time >= GAIN * self.time
+        if not self.done:
+            self.best, self.time = best, time
+        return not self.done
 
 
 def _key(config: Config) -> tuple[object, ...]:
@@ -125,40 +166,90 @@ def _agree(found: Sequence[Tensor], known: Sequence[Tensor]) -> bool:
     return True
 
 
-class Device:
-    """Times the configurations of one kernel on one GPU."""
+def checked(config: Config, dtype: str, target: Target) -> Config | str:
+    """The configuration with what it needs on the target; why it cannot be used there, in words, if it cannot.
 
-    def __init__(self, start: Config, dtype: str, device: torch.device, capability: tuple[int, int]) -> None:
-        self.start, self.name, self.capability = start, STANDS_FOR[dtype][1], capability
-        self.run = workload(start.kernel, start.width, STANDS_FOR[dtype][0], device)
-        with forced(start):
-            self.known = [x.clone() for x in self.run()]
+    Needs no GPU.
+    """
+    case = Case(config.kernel, STANDS_FOR[dtype][1], replace(config, shared=target.limit), target.capability)
+    try:
+        found = compile_case(case)
+    except Exception as error:  # whatever the compiler refuses is no candidate
+        return f"does not compile ({type(error).__name__})"
+    wrong = faults(case, found)
+    return wrong[0] if wrong else replace(config, shared=max(found.shared, 1024), stack=found.stack)
 
-    def measured(self, config: Config) -> Config | None:
-        """The configuration with the shared memory that it needs here; None where it breaks a rule."""
-        limit = device_limits(torch.cuda.current_device())[1]
-        case = Case(config.kernel, self.name, replace(config, shared=limit), self.capability)
-        try:
-            found = compile_case(case)
-        except Exception as error:  # whatever the compiler refuses is no candidate
-            print(f"  {_key(config)}: does not compile ({type(error).__name__})", file=sys.stderr)
-            return None
-        if faults(case, found):
-            return None
-        return replace(config, shared=max(found.shared, 1024), stack=found.stack)
 
-    def __call__(self, config: Config) -> float | None:
-        """Milliseconds of the workload with this configuration; None where it cannot be used."""
-        if config is not self.start and self.measured(config) is None:
-            return None
+@functools.lru_cache(maxsize=1)
+def _workload(subject: Subject, index: int) -> Run:
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if subject.dtype == "tf32" else "ieee"
+    return workload(subject.kernel, subject.width, STANDS_FOR[subject.dtype][0], torch.device("cuda", index))
+
+
+def compiled(subject: Subject, config: Config, target: Target) -> Config | str:
+    """`checked`, and the machine code of this very launch left in Triton's cache."""
+    found = checked(config, subject.dtype, target)
+    if isinstance(found, Config):
+        with torch.cuda.device(target.index), forced(found):
+            _workload(subject, target.index)()
+            torch.cuda.synchronize()
+    return found
+
+
+# Forked from a process that has imported everything and never touches the GPU.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["simmp_fast.kernels.workloads", "simmp_fast.kernels.aot"])
+
+
+def isolated(function: Callable[..., Any], *arguments: Any, seconds: float = PATIENCE) -> Any:
+    """Call a function in a process of its own: compilers abort, and a kernel that fails takes its context along.
+
+    Returns:
+        its result; in words what became of it where it raised, took too long, or ended its process.
+    """
+    receiver, sender = _PROCESSES.Pipe(duplex=False)
+    process = _PROCESSES.Process(target=_answer, args=(sender, function, arguments), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(seconds) else f"takes more than {seconds:g} seconds"
+    except EOFError:
+        process.join()
+        return f"ends its process (exit status {process.exitcode})"
+    finally:
+        process.kill()
+        process.join()
+
+
+def compiled_apart(subject: Subject, config: Config, target: Target) -> Config | str:
+    """`compiled` in a process of its own."""
+    found: Config | str = isolated(compiled, subject, config, target)
+    return found
+
+
+def _answer(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    try:
+        sender.send(function(*arguments))
+    except Exception as error:
+        sender.send(f"does not run ({type(error).__name__})")
+
+
+def timed(subject: Subject, configs: Sequence[Config], start: Config, target: Target) -> list[tuple[Config, float]]:
+    """Milliseconds of the configurations whose results are those of `start`, which itself is first among them."""
+    run = _workload(subject, target.index)
+    with forced(start):
+        known = [x.clone() for x in run()]
+    found = []
+    for config in (start, *configs):
         with forced(config):
-            if not _agree(self.run(), self.known):
-                print(f"  {_key(config)}: other results", file=sys.stderr)
-                return None
-            return float(triton.testing.do_bench(self.run, warmup=10, rep=60, return_mode="median"))
+            if not _agree(run(), known):
+                print(f"  {subject} {_key(config)}: other results", file=sys.stderr)
+                continue
+            found.append((config, float(triton.testing.do_bench(run, warmup=10, rep=40, return_mode="median"))))
+    return found
 
 
-def plan(kernels: Sequence[str], dtypes: Sequence[str]) -> Iterator[tuple[str, str, int]]:
+def plan(kernels: Sequence[str], dtypes: Sequence[str]) -> Iterator[Subject]:
     """Kernel, dtype class and width of every row to tune.
 
     Raises:
@@ -174,23 +265,68 @@ def plan(kernels: Sequence[str], dtypes: Sequence[str]) -> Iterator[tuple[str, s
         for dtype in dict.fromkeys(row.dtype for row in rows(kernel)):
             if dtype in dtypes or dtype == "any":
                 for width in widths(kernel, dtype):
-                    yield kernel, dtype, width
+                    yield Subject(kernel, dtype, width)
 
 
-def tune(wanted: Sequence[tuple[str, str, int]]) -> None:
-    """Tune what `plan` names on the current CUDA device and keep what is faster."""
-    index = torch.cuda.current_device()
-    capability, limit = device_limits(index)
-    where = f"{torch.cuda.get_device_name(index)}, torch {torch.__version__}, triton {triton.__version__}"
-    for kernel, dtype, width in wanted:
-        torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
-        start = lookup(kernel, "half" if dtype == "any" else dtype, width, capability, limit)
-        timer = Device(start, dtype, torch.device("cuda", index), capability)
-        best, time, first = search(start, timer)
-        print(f"{kernel} {dtype} {width}: {first:.3f} ms -> {time:.3f} ms {_key(best)}", flush=True)
-        final = timer.measured(best) if best is not start else None
-        if final is not None:
-            keep(row_text(replace(final, dtype=start.dtype), capability, f"{first / time:.2f}x, {where}"))
+def tune(
+    subjects: Sequence[Subject],
+    target: Target,
+    *,
+    jobs: int = 1,
+    seconds: float = math.inf,
+    compile: Callable[[Subject, Config, Target], Config | str] = compiled_apart,
+    time_them: Callable[[Subject, Sequence[Config], Config, Target], list[tuple[Config, float]]] = timed,
+    note: str = "",
+    path: Path = MEASURED,
+) -> dict[Subject, Descent]:
+    """Descend from the rows in use and keep what is faster.
+
+    Args:
+        subjects: of `plan`.
+        target: the device.
+        jobs: candidates that are compiled at the same time.
+        seconds: no round begins after them.
+        compile, time_them: what is done with candidates.
+        note: device and versions, for the rows that are written.
+        path: file of the measured rows.
+
+    Returns:
+        where each row ended; one that could not run at all is missing, and named on the standard error.
+    """
+    end = time.monotonic() + seconds
+    descents: dict[Subject, Descent] = {}
+    for subject in subjects:
+        start = lookup(
+            subject.kernel, "half" if subject.dtype == "any" else subject.dtype, subject.width, target.capability,
+            target.limit,
+        )  # fmt: skip
+        try:
+            descents[subject] = Descent(start, time_them(subject, [], start, target)[0][1])
+        except Exception as error:
+            print(f"{subject}: the row in use cannot run ({type(error).__name__}: {error})", file=sys.stderr)
+    while time.monotonic() < end:
+        active = {subject: descent for subject, descent in descents.items() if not descent.done}
+        if not active:
+            break
+        waiting = [(subject, config) for subject, descent in active.items() for config in descent.candidates()]
+        usable: dict[Subject, list[Config]] = {subject: [] for subject in active}
+        with ThreadPoolExecutor(jobs) as pool:
+            answers = pool.map(lambda candidate: compile(candidate[0], candidate[1], target), waiting)
+        for (subject, config), found in zip(waiting, answers, strict=True):
+            if isinstance(found, Config):
+                usable[subject].append(found)
+            else:
+                print(f"  {subject} {_key(config)}: {found}", file=sys.stderr)
+        for subject, descent in active.items():
+            times = time_them(subject, usable[subject], descent.best, target)
+            # The best one once more, in the same minute as its rivals.
+            descent.time = times[0][1]
+            if descent.take(times[1:]):
+                gain = f"{descent.first / descent.time:.2f}x"
+                row = replace(descent.best, dtype=descent.start.dtype)
+                keep(row_text(row, target.capability, f"{gain}{note and ', '}{note}"), path)
+                print(f"{subject}: {descent.first:.3f} -> {descent.time:.3f} ms, {gain} {_key(row)}", flush=True)
+    return descents
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -198,6 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m simmp_fast.kernels.tune", description=__doc__.split("\n")[0])
     parser.add_argument("kernels", nargs="*", help="names in the table (default: all)")
     parser.add_argument("--dtype", nargs="*", default=["half", "float32"], help="half, float32, tf32")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no round after them (default: no limit)")
     parser.add_argument("--dry-run", action="store_true", help="list what would be tuned")
     options = parser.parse_args(arguments)
     try:
@@ -206,12 +343,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     if options.dry_run:
-        print("\n".join(f"{kernel} {dtype} {width}" for kernel, dtype, width in wanted))
+        print("\n".join(map(str, wanted)))
         return 0
     if not torch.cuda.is_available():
         print("tune: no CUDA device is present; --dry-run lists what there is to tune", file=sys.stderr)
         return 1
-    tune(wanted)
+    index = torch.cuda.current_device()
+    target = Target(index, *device_limits(index))
+    note = f"{torch.cuda.get_device_name(index)}, torch {torch.__version__}, triton {triton.__version__}"
+    jobs = max(1, min(MOST_JOBS, len(os.sched_getaffinity(0)) - 1))
+    tune(wanted, target, jobs=jobs, seconds=60 * options.minutes, note=note)
     print(f"rows are in {MEASURED}; now run: python -m simmp_fast.kernels.compile")
     return 0
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,28 +29,103 @@ def cost(config: Config) -> float | None:
     return 1.0 + tiles + abs(config.warps - 8) / 4 + abs(config.stages - 3)
 
 
-def test_the_search_reaches_the_least_cost() -> None:
+SUBJECT = tune.Subject("made_up", "half", 96)
+TARGET = tune.Target(0, (9, 0), 227 * 1024)
+
+
+def compiled(subject: tune.Subject, config: Config, target: tune.Target) -> Config | str:
+    return "does not compile" if cost(config) is None else replace(config, shared=2048)
+
+
+def timed(
+    subject: tune.Subject, candidates: Sequence[Config], start: Config, target: tune.Target
+) -> list[tuple[Config, float]]:
+    return [(config, cost(config) or 0.0) for config in (start, *candidates)]
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A table of the made-up kernel alone."""
+    monkeypatch.setattr(configs, "_TABLES", {"made_up": [START]})
+    lookup.cache_clear()
+    yield
+    lookup.cache_clear()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "measured.txt"
+    path.write_text("# a comment\n", encoding="utf-8")
+    return path
+
+
+def test_the_descent_reaches_the_least_cost(table: None, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ends = tune.tune([SUBJECT], TARGET, jobs=3, compile=compiled, time_them=timed, note="a device", path=file)
+    end = ends[SUBJECT]
+    assert (end.best.tiles, end.best.warps, end.best.stages) == ({"BLOCK_M": 128, "BLOCK_N": 32}, 8, 3)
+    assert (end.time, end.first) == (1.0, cost(START))
+    row = file.read_text(encoding="utf-8").splitlines()[-1]
+    assert row == "made_up half 96 9.0 BLOCK_M=128,BLOCK_N=32 8 3 2 0 measured # 5.00x, a device"
+    assert "does not compile" in capsys.readouterr().err
+
+
+def test_no_candidate_is_tried_twice(table: None, file: Path) -> None:
     seen: list[tuple[object, ...]] = []
 
-    def measure(config: Config) -> float | None:
+    def watching(subject: tune.Subject, config: Config, target: tune.Target) -> Config | str:
         seen.append(tune._key(config))
-        return cost(config)
+        return compiled(subject, config, target)
 
-    best, time, first = tune.search(START, measure)
-    assert (best.tiles, best.warps, best.stages) == ({"BLOCK_M": 128, "BLOCK_N": 32}, 8, 3)
-    assert (time, first) == (1.0, cost(START))
-    assert len(seen) == len(set(seen))
-
-
-def test_noise_is_no_gain() -> None:
-    times = iter([1.0] + [0.99] * 100)
-    best, _, _ = tune.search(START, lambda _: next(times))
-    assert best is START
+    tune.tune([SUBJECT], TARGET, compile=watching, time_them=timed, path=file)
+    assert len(seen) == len(set(seen)) > 10
+    assert tune._key(START) not in seen
 
 
-def test_a_start_that_cannot_run_is_an_error() -> None:
-    with pytest.raises(ValueError, match="made_up: the configuration in use cannot run"):
-        tune.search(START, lambda _: None)
+def test_noise_is_no_gain(table: None, file: Path) -> None:
+    def barely(subject: tune.Subject, candidates: Sequence[Config], start: Config, target: tune.Target) -> list:
+        return [(start, 1.0), *((config, 0.99) for config in candidates)]
+
+    ends = tune.tune([SUBJECT], TARGET, compile=compiled, time_them=barely, path=file)
+    assert ends[SUBJECT].best is START
+    assert file.read_text(encoding="utf-8") == "# a comment\n"
+
+
+def test_no_round_begins_after_its_time(table: None, file: Path) -> None:
+    ends = tune.tune([SUBJECT], TARGET, seconds=0.0, compile=compiled, time_them=timed, path=file)
+    assert ends[SUBJECT].best is START
+
+
+def test_a_row_that_cannot_run_is_named_and_the_others_go_on(
+    table: None, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tune.Subject("made_up", "half", 64)
+
+    def failing(subject: tune.Subject, *rest: Any) -> list[tuple[Config, float]]:
+        if subject == broken:
+            raise RuntimeError("no memory")
+        return timed(subject, *rest)
+
+    ends = tune.tune([broken, SUBJECT], TARGET, compile=compiled, time_them=failing, path=file)
+    assert list(ends) == [SUBJECT]
+    assert "made_up half 64: the row in use cannot run (RuntimeError: no memory)" in capsys.readouterr().err
+
+
+def test_what_a_process_of_its_own_answers() -> None:
+    assert tune.isolated(abs, -3) == 3
+    assert tune.isolated(len, 3) == "does not run (TypeError)"
+    assert tune.isolated(os._exit, 7) == "ends its process (exit status 7)"
+    assert tune.isolated(time.sleep, 60, seconds=0.2) == "takes more than 0.2 seconds"
+
+
+def test_a_candidate_is_checked_by_compiling_it() -> None:
+    """Real machine code of the smallest kernel, for a device that this machine need not have."""
+    start = lookup("window_similarity", "half", 128, (9, 0), TARGET.limit)
+    found = tune.checked(start, "any", TARGET)
+    assert isinstance(found, Config)
+    assert (found.stack, found.tiles) == (0, start.tiles)
+    wrong = tune.checked(replace(start, tiles={**start.tiles, "NOTHING": 1}), "any", TARGET)
+    assert isinstance(wrong, str)
+    assert wrong.startswith("does not compile")
 
 
 def test_neighbours_differ_in_one_number() -> None:
@@ -58,11 +137,9 @@ def test_neighbours_differ_in_one_number() -> None:
 
 
 def test_a_measured_row_replaces_an_older_one_and_comes_first_on_its_device(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(configs, "_TABLES", {})
-    file = tmp_path / "measured.txt"
-    file.write_text("# a comment\n", encoding="utf-8")
     tune.keep(tune.row_text(replace(START, stages=1), (9, 0), "old"), file)
     tune.keep(tune.row_text(START, (8, 0), "another device"), file)
     tune.keep(tune.row_text(replace(START, stages=4, shared=70_000), (9, 0), "1.2x, a device"), file)

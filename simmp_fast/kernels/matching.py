@@ -38,7 +38,9 @@ def nearest_prototype(
             square += tl.sum(prototype * prototype, 1)
     if COSINE:
         similarity = similarity / tl.maximum(tl.sqrt(square), NORM_FLOOR)[None, :]
-    similarity = tl.where((anchor < clusters)[None, :], similarity, -float("inf"))
+    # A NaN is below all: compared with itself it would send an index past the last prototype, another in every thread.
+    known = (anchor < clusters)[None, :] & (similarity == similarity)
+    similarity = tl.where(known, similarity, -float("inf"))
     return tl.argmax(similarity, 1, tie_break_left=True).to(tl.int32)
 
 

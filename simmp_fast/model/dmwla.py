@@ -93,7 +93,8 @@ class DMWLABlock(nn.Module):
         return self._context(source, tokens, mixed) + self.output(recalled)
 
     def _context(self, source: Tensor, tokens: Tensor, mixed: Tensor) -> Tensor:
-        tokens = tokens.to(source.dtype)
+        # Key and value in one copy: channels-first tokens would be copied for each, in both passes.
+        tokens = tokens.to(source.dtype).contiguous()
         return F.linear(ops.context_attention(source, tokens, tokens, backend=self.backend), mixed)
 
     @property

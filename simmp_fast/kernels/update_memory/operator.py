@@ -17,14 +17,15 @@ from ..register import flops, operator
 from .statistics import assign_and_measure, fold_statistics, score_tokens
 from .write import write_slots
 
-# The width of the first three is the head dim, that of the last the number of slots.
+# The width of the first three is the head dim, that of the last the number of slots. `update_score` has the tiles of
+# `update_assign`, whose counts say where the tokens of a tile go.
 # kernel         dtype   width where tiles  warps stages shared_KiB stack provenance
 register_table("""
 update_assign    half    256 all BLOCK_T=64,BLOCK_C=32   8  2  64  0  ahead-of-time
 update_assign    float32 256 all BLOCK_T=64,BLOCK_C=32   8  2  64  0  ahead-of-time
 update_assign    tf32    256 all BLOCK_T=64,BLOCK_C=32   8  2  64  0  ahead-of-time
 update_fold      any     256 all BLOCK_P=64,BLOCK_C=32                      4  2  16  0  ahead-of-time
-update_score     any     256 all BLOCK_T=64                                 8  2  32  0  ahead-of-time
+update_score     any     256 all -                                          8  2  32  0  ahead-of-time
 update_write     any     128 all BLOCK_S=128,BLOCK_N=2048,BLOCK_C=32,BLOCK_J=16  8  2  32  0  ahead-of-time
 update_write     any     2048 all BLOCK_S=2048,BLOCK_N=2048,BLOCK_C=8,BLOCK_J=8  16 2  64  0  ahead-of-time
 """)
@@ -111,7 +112,7 @@ def _update(
     launch(
         score_tokens, (tiles,), second, device,
         tokens, owner, before, members, highest, summed, score, index, stride_b, stride_n, length, clusters,
-        DIM=dim, PADDED=padded, BLOCK_K=block_k,
+        DIM=dim, PADDED=padded, BLOCK_K=block_k, BLOCK_T=first.tiles["BLOCK_T"],
     )  # fmt: skip
     new_memory, new_prototypes = torch.empty_like(memory), torch.empty_like(prototypes)
     scratch = (clusters, 2, write.tiles["BLOCK_S"])
@@ -144,8 +145,8 @@ _ARGUMENTS = {
 def _signature(kernel: Any, constants: tuple[str, ...], config: Config, dtype: str) -> Signature:
     """How one of the four kernels is compiled: at 64 padded clusters, the most it is made for."""
     known = {
-        "DIM": 256 if kernel is write_slots else config.width, "PADDED": 256, "BLOCK_K": 64, "MATCH": True,
-        "PRECISION": match_precision(config.dtype), "WIDTH_ON_DEVICE": True,
+        "DIM": 256 if kernel is write_slots else config.width, "PADDED": 256, "BLOCK_K": 64, "BLOCK_T": 64,
+        "MATCH": True, "PRECISION": match_precision(config.dtype), "WIDTH_ON_DEVICE": True,
     }  # fmt: skip
     arguments = {**_ARGUMENTS, "tokens": POINTERS[dtype]}
     return Signature(kernel, arguments, {name: known[name] for name in constants}, products=False)
@@ -157,5 +158,5 @@ def _register(name: str, kernel: Any, *constants: str) -> None:
 
 _register("update_assign", assign_and_measure, "DIM", "PADDED", "BLOCK_K", "MATCH", "PRECISION")
 _register("update_fold", fold_statistics, "DIM")
-_register("update_score", score_tokens, "DIM", "PADDED", "BLOCK_K")
+_register("update_score", score_tokens, "DIM", "PADDED", "BLOCK_K", "BLOCK_T")
 _register("update_write", write_slots, "DIM", "BLOCK_K", "WIDTH_ON_DEVICE")

@@ -16,6 +16,15 @@ from ..attention.tiles import exponential
 
 
 @triton.jit
+def _order(score):
+    """Bits of scores, which are never negative, in their order; a NaN of any sign is above all and equals its like.
+
+    As numbers, NaNs come neither before nor after anything: they would share a rank and leave other ranks to nobody.
+    """
+    return score.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
 def _softmax_mass(value, valid, repeats):
     """``[rows]``: softmax over the rows of a chunk of channels (row i counts repeats_i times), summed over channels."""
     level = tl.max(tl.where(valid, value, -float("inf")), 0)
@@ -36,7 +45,7 @@ def _kth_largest(score, count, width, BLOCK_N: tl.constexpr):
         histogram = tl.zeros([256], tl.int32)
         for at in range(0, count, BLOCK_N):
             line = at + tl.arange(0, BLOCK_N)
-            bits = tl.load(score + line, mask=line < count, other=0.0).to(tl.int32, bitcast=True)
+            bits = _order(tl.load(score + line, mask=line < count, other=0.0))
             # Two shifts: one by 32 would be undefined for the first digit.
             inside = (line < count) & (((bits >> shift) >> 8) == prefix)
             histogram += tl.histogram(tl.where(inside, (bits >> shift) & 255, 0), 256)
@@ -53,9 +62,10 @@ def _kth_largest(score, count, width, BLOCK_N: tl.constexpr):
 def _rank(own, own_place, others, count, LARGEST: tl.constexpr, BLOCK_J: tl.constexpr):
     """How many of `count` entries at `others` come before each of `own`: the better, and of equal ones the earlier."""
     rank = tl.zeros([own.shape[0]], tl.int32)
+    own = _order(own)
     for at in range(0, count, BLOCK_J):
         line = at + tl.arange(0, BLOCK_J)
-        other = tl.load(others + line, mask=line < count, other=0.0)
+        other = _order(tl.load(others + line, mask=line < count, other=0.0))
         better = (other[None, :] > own[:, None]) if LARGEST else (other[None, :] < own[:, None])
         earlier = (other[None, :] == own[:, None]) & (line[None, :] < own_place[:, None])
         rank += tl.sum(((better | earlier) & (line < count)[None, :]).to(tl.int32), 1)
@@ -110,7 +120,7 @@ def write_slots(
         for at in range(0, count, BLOCK_N):
             line = at + tl.arange(0, BLOCK_N)
             value = tl.load(score + line, mask=line < count, other=0.0)
-            bits = value.to(tl.int32, bitcast=True)
+            bits = _order(value)
             tie = (line < count) & (bits == threshold)
             take = (line < count) & ((bits > threshold) | (tie & (ties + tl.cumsum(tie.to(tl.int32), 0) <= equal)))
             place = taken + tl.cumsum(take.to(tl.int32), 0) - 1

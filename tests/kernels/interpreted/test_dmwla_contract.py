@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from simmp_fast import kernels, reference
+from simmp_fast.kernels.configs import forced, pick
 
 OPS = torch.ops.simmp_fast
 
@@ -135,3 +137,48 @@ def test_update_is_four_launches(launched: list[str]) -> None:
     x = inputs(False)
     kernels.update_memory(x["query"], x["memory"], x["prototypes"], torch.tensor(3))
     assert len(launched) == 4
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("tokens", [60, 9], ids=["enough tokens", "repeated tokens"])
+def test_a_token_that_is_no_number_reads_nothing_unwritten(
+    bad: float, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The update of a step that is then masked: whatever lay in the scratch memory, the same slots come out."""
+    torch.manual_seed(0)
+    x = torch.randn(1, tokens, 16)
+    x[0, 3, 5] = bad
+    memory, prototypes = torch.rand(2, 8, 16), torch.randn(2, 16)
+    cluster = (torch.arange(tokens) % 2).unsqueeze(0)
+    plain, found = torch.empty, []
+    for content in (0, 1):
+        monkeypatch.setattr(torch, "empty", lambda *a, fill=content, **k: plain(*a, **k).fill_(fill))
+        found.append(kernels.update_memory(x, memory, prototypes, 6, cluster=cluster)[0])
+    monkeypatch.setattr(torch, "empty", plain)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0, equal_nan=True)
+    expected = reference.update_memory(x, memory, prototypes, 6, cluster=cluster)[0]
+    torch.testing.assert_close(found[0][0], expected[0])  # the cluster without that token
+    assert not torch.isfinite(found[0][1]).all()
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+def test_a_query_that_is_no_number_has_a_cluster_that_there_is(metric: str) -> None:
+    query = torch.full((1, 21, 16), float("nan"))
+    query[0, ::2] = 1.0
+    found = kernels.assign_clusters(query, torch.randn(3, 16), metric=metric)
+    assert int(found.min()) >= 0
+    assert int(found.max()) < 3
+
+
+@pytest.mark.parametrize("tile", [32, 128])
+def test_any_tile_of_the_assignment_gives_the_same_update(tile: int) -> None:
+    """`update_score` goes by the tiles of `update_assign`; what `tune` tries must not lead past its counts."""
+    torch.manual_seed(0)
+    x, memory = torch.randn(2, 200, 16), torch.rand(3, 7, 16)
+    prototypes = torch.randn(3, 16)
+    usual = kernels.update_memory(x, memory, prototypes, 4)
+    config = pick("update_assign", "float32", 16, x.device)
+    with forced(replace(config, tiles={**config.tiles, "BLOCK_T": tile})):
+        other = kernels.update_memory(x, memory, prototypes, 4)
+    for mine, expected in zip(other, usual, strict=True):
+        torch.testing.assert_close(mine, expected)

@@ -12,7 +12,8 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from ..parallel.update_memory import update_memory
+from ..ranks import ALONE, Ranks
 from .structuring import structure
 
 
@@ -47,6 +48,7 @@ class MemoryBank(nn.Module):
         prototypes: ``[K, D]``.
         step: training steps committed so far; a host integer, saved in the extra state.
         warming: whether the bank is still in warm-up: it is filled, but not yet attended to.
+        ranks: the processes whose tokens it takes, each with as many images; their banks stay equal bit for bit.
     """
 
     memory: Tensor
@@ -69,6 +71,7 @@ class MemoryBank(nn.Module):
         self.register_buffer("prototypes", torch.rand(clusters, dim))
         self.warmup_steps, self.rate, self.seed, self.name = warmup_steps, rate, seed, name
         self.backend = backend
+        self.ranks: Ranks = ALONE
         self._offered: Tensor | None = None
         self._enter(0)
 
@@ -128,8 +131,8 @@ class MemoryBank(nn.Module):
         if self.warming:
             memory, prototypes = self._with_random_tokens(tokens), self.prototypes
         else:
-            memory, prototypes = ops.update_memory(
-                tokens, self.memory, self.prototypes, k, rate=self.rate, backend=self.backend
+            memory, prototypes = update_memory(
+                tokens, self.memory, self.prototypes, k, rate=self.rate, backend=self.backend, ranks=self.ranks
             )
         if keep is not None:
             memory = torch.where(keep, memory, self.memory)
@@ -141,7 +144,9 @@ class MemoryBank(nn.Module):
         """Count a training step; the last one of the warm-up structures the bank."""
         self._enter(self.step + 1)
         if self.step == self.warmup_steps:
-            self._store(*structure(self.memory, named_generator(self.seed, self.name, self.step)))
+            generator = named_generator(self.seed, self.name, self.step)
+            # On one rank alone: k-means adds in an order that depends on the processor and its threads.
+            self._store(*self.ranks.first(lambda: structure(self.memory.cpu(), generator)))
 
     def _store(self, memory: Tensor, prototypes: Tensor) -> None:
         """Copy in place: the addresses of the bank never change."""
@@ -151,9 +156,11 @@ class MemoryBank(nn.Module):
     def _with_random_tokens(self, tokens: Tensor) -> Tensor:
         """The bank after one warm-up write (section 3.1).
 
-        All index tensors have the same shape at every step; a mask says how many of the draws are written.
+        All index tensors have the same shape at every step; a mask says how many of the draws are written. Every rank
+        draws for the images of all, and what it owns of the drawn tokens it gives to the others.
         """
-        batch, length, dim = tokens.shape
+        _, length, dim = tokens.shape
+        batch = len(tokens) * self.ranks.size
         clusters, slots, _ = self.memory.shape
         per_image = max(clusters * slots // batch, 1)
         drawn = batch * per_image
@@ -168,5 +175,6 @@ class MemoryBank(nn.Module):
         device = self.memory.device
         token, slot, written = (t.to(device, non_blocking=True) for t in (token, slot, written))
         flat = self.memory.flatten(0, 1)
-        values = torch.where(written, tokens.reshape(-1, dim)[token].to(flat.dtype), flat[slot])
+        drawn_tokens = self.ranks.rows(tokens.reshape(-1, dim), token).to(flat.dtype)
+        values = torch.where(written, drawn_tokens, flat[slot])
         return flat.index_copy(0, slot, values).view_as(self.memory)

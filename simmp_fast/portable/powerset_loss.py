@@ -12,7 +12,7 @@ logit in cross-entropy, is taken once a head.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,18 +63,30 @@ def _softmax_(centred: Tensor) -> Tensor:
     return total
 
 
-@torch.library.custom_op("simmp_fast::portable_powerset_loss", mutates_args=())
-def _loss(
-    heads: Sequence[Tensor], label: Tensor, ce_weight: float, dice_weight: float, smooth: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and its derivatives by every overlap and by every sum of squares: ``[subsets, classes]`` each."""
+class Sums(NamedTuple):
+    """What the loss needs of all pixels. Sums of several batches add up to those of the batches together.
+
+    Attributes:
+        overlap, square: ``[subsets, classes]``, sums of the probabilities at the label, and of all squared.
+        cross_entropy: 0-d, over pixels and subsets.
+        count: ``[classes]`` int64, pixels of each class in the label.
+    """
+
+    overlap: Tensor
+    square: Tensor
+    cross_entropy: Tensor
+    count: Tensor
+
+
+def powerset_sums(heads: Sequence[Tensor], label: Tensor) -> Sums:
+    """The sums over the pixels of ``heads`` and ``label``, of the shapes that `powerset_loss` takes."""
     with no_autocast(label):
         source = ResizedHeads(heads, (label.shape[1], label.shape[2]))
         subsets, classes = 2 ** len(heads) - 1, heads[0].shape[1]
         # Sums over all pixels in float64 where the device has it: it costs nothing, and no order of chunks shows.
         precise = source.dtype if label.device.type == "mps" else torch.float64
-        sums = torch.zeros((2, subsets, classes), dtype=precise, device=label.device)
-        cross_entropy = sums.new_zeros(())
+        overlap, square = torch.zeros((2, subsets, classes), dtype=precise, device=label.device)
+        cross_entropy = overlap.new_zeros(())
         names = torch.arange(classes, device=label.device).unsqueeze(1)
         space = _Workspace(source, label)
         for band in source.bands(_chunk(label)):
@@ -84,15 +96,31 @@ def _loss(
             _centred_logits(source, band, probabilities)
             chosen = probabilities.gather(1, target.expand(subsets, 1, -1))
             total = _softmax_(probabilities)
-            cross_entropy += (total.log_() - chosen).sum(dtype=sums.dtype)
-            sums[0] += torch.mul(probabilities, member, out=product).sum(-1)
-            sums[1] += probabilities.square_().sum(-1)
-        count = (label.reshape(1, -1) == names).sum(1)
-        overlap, area = 2 * sums[0] + smooth, sums[1] + count + smooth
-        weight = dice_weight / classes
-        loss = ce_weight / label.numel() * cross_entropy + weight * (1 - overlap / area).sum()
-        by_overlap, by_square = -2 * weight / area, 2 * weight * overlap / area.square()
-        return loss.to(source.dtype), by_overlap.to(source.dtype), by_square.to(source.dtype)
+            cross_entropy += (total.log_() - chosen).sum(dtype=precise)
+            overlap += torch.mul(probabilities, member, out=product).sum(-1)
+            square += probabilities.square_().sum(-1)
+        return Sums(overlap, square, cross_entropy, (label.reshape(1, -1) == names).sum(1))
+
+
+def loss_and_slopes(
+    sums: Sums, pixels: int, ce_weight: float, dice_weight: float, smooth: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss from the sums over `pixels`, and its derivatives by every overlap and every square."""
+    overlap, area = 2 * sums.overlap + smooth, sums.square + sums.count + smooth
+    weight = dice_weight / len(sums.count)
+    loss = ce_weight / pixels * sums.cross_entropy + weight * (1 - overlap / area).sum()
+    return loss, -2 * weight / area, 2 * weight * overlap / area.square()
+
+
+@torch.library.custom_op("simmp_fast::portable_powerset_loss", mutates_args=())
+def _loss(
+    heads: Sequence[Tensor], label: Tensor, ce_weight: float, dice_weight: float, smooth: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and its derivatives by every overlap and by every sum of squares: ``[subsets, classes]`` each."""
+    dtype = torch.promote_types(heads[0].dtype, torch.float32)
+    found = loss_and_slopes(powerset_sums(heads, label), label.numel(), ce_weight, dice_weight, smooth)
+    loss, by_overlap, by_square = (x.to(dtype) for x in found)
+    return loss, by_overlap, by_square
 
 
 @_loss.register_fake
@@ -106,7 +134,7 @@ def _(
 
 
 @torch.library.custom_op("simmp_fast::portable_powerset_loss_backward", mutates_args=())
-def _loss_backward(
+def loss_gradients(
     grad: Tensor, heads: Sequence[Tensor], label: Tensor, by_overlap: Tensor, by_square: Tensor, ce_weight: float
 ) -> list[Tensor]:
     """The gradient of each head. With p the probabilities and y the label as one-hot, that of a subset's logits is
@@ -135,7 +163,7 @@ def _loss_backward(
         return source.finish(grads, heads[0].dtype)
 
 
-@_loss_backward.register_fake
+@loss_gradients.register_fake
 def _(
     grad: Tensor, heads: Sequence[Tensor], label: Tensor, by_overlap: Tensor, by_square: Tensor, ce_weight: float
 ) -> list[Tensor]:
@@ -149,7 +177,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> Non
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[object, ...]:
     label, by_overlap, by_square, *heads = ctx.saved_tensors
-    return _loss_backward(grad, heads, label, by_overlap, by_square, ctx.ce_weight), None, None, None, None
+    return loss_gradients(grad, heads, label, by_overlap, by_square, ctx.ce_weight), None, None, None, None
 
 
 _loss.register_autograd(_differentiate, setup_context=_save)

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simmp_fast import ops
 from simmp_fast.config import TrainConfig
+from simmp_fast.parallel.powerset_loss import powerset_loss
+from simmp_fast.ranks import ALONE, Ranks
+from simmp_fast.training.distributed import gradients_across
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,24 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 class TrainStep:
     """Forward, loss, backward, memory, optimiser, W-LD (model definition, sections 3, 4, 7, 8).
 
+    On several ranks each takes its share of the batch; loss and gradients are of the whole batch, so all ranks take
+    the same step, and the guard freezes them together.
+
     Attributes:
         guard: the flag of the first bad step.
         loss_sum: 0-d float64, sum of the losses since it was last set to zero.
     """
 
-    def __init__(self, model: Any, optimizer: torch.optim.AdamW, config: TrainConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Any,
+        optimizer: torch.optim.AdamW,
+        config: TrainConfig,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
+        self.ranks, self.forward = ranks, gradients_across(model, device, ranks)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.guard = FiniteGuard(device)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -104,13 +117,14 @@ class TrainStep:
         labels = labels.to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            heads = self.model(images, native_heads=True)
-            loss = ops.powerset_loss(
+            heads = self.forward(images, native_heads=True)
+            loss = powerset_loss(
                 heads,
                 labels,
                 ce_weight=self.config.ce_weight,
                 dice_weight=self.config.dice_weight,
                 backend=self.config.backend,
+                ranks=self.ranks,
             )
         loss.backward()
         loss = loss.detach()

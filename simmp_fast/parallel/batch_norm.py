@@ -1,12 +1,12 @@
 """Batch norm over the batches of all ranks.
 
-PyTorch's own (`nn.SyncBatchNorm`) runs on no CPU, and on a GPU its forward waits for the device in every layer. This one
-is plain PyTorch on any device and waits for nothing.
+PyTorch's own (`nn.SyncBatchNorm`) runs on no CPU, and on a GPU its forward waits for the device in every layer. This
+one is plain PyTorch on any device and waits for nothing.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import BatchNormAct2d
@@ -62,6 +62,10 @@ class RanksBatchNorm2d(nn.BatchNorm2d):
         ranks: who takes part.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
     ranks: Ranks
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +89,10 @@ class RanksBatchNormAct2d(BatchNormAct2d, RanksBatchNorm2d):
         return self.act(self.drop(RanksBatchNorm2d.forward(self, x)))
 
 
-_ACROSS = {nn.BatchNorm2d: RanksBatchNorm2d, BatchNormAct2d: RanksBatchNormAct2d}
+_ACROSS: dict[type[_BatchNorm], type[_BatchNorm]] = {
+    nn.BatchNorm2d: RanksBatchNorm2d,
+    BatchNormAct2d: RanksBatchNormAct2d,
+}
 
 
 def synchronise_batch_norm(model: nn.Module, ranks: Ranks) -> None:
@@ -103,4 +110,4 @@ def synchronise_batch_norm(model: nn.Module, ranks: Ranks) -> None:
             raise TypeError(f"{name}: got {type(module).__name__}, expected {known}, which can be shared by ranks")
         # The class changes, the object does not: the optimiser and the state dict know its tensors already.
         module.__class__ = across
-        module.ranks = ranks
+        cast(RanksBatchNorm2d, module).ranks = ranks

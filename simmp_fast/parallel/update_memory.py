@@ -26,9 +26,10 @@ def update_memory(
 ) -> tuple[Tensor, Tensor]:
     """`ops.update_memory` on the tokens of all ranks, concatenated in the order of the ranks.
 
-    Four small things travel: token counts and softmax statistics of each cluster and channel, score and repetitions of
-    each rank's M best tokens of a cluster, and the M tokens that are written. All ranks then hold the same candidates in
-    the same order, so they take the same ones: on a tie that of the lower rank, and in a rank that of the lower index.
+    Little travels: the number of tokens of each cluster, softmax statistics per cluster and channel, score and
+    repetitions of each rank's M best tokens of a cluster, and at most M tokens a cluster, those that are written. All
+    ranks hold the same candidates in the same order, so they take the same: on a tie that of the lower rank, and of one
+    rank that of the lower index.
 
     Built on the pieces of the portable operator whatever the backend, which only assigns the clusters. Shapes depend on
     no data and nothing waits for the device.
@@ -40,7 +41,7 @@ def update_memory(
         ranks: who takes part.
 
     Returns:
-        memory ``[K, M, D]`` and prototypes ``[K, D]``, new tensors in the dtype of `memory`, the same bits on every rank.
+        memory ``[K, M, D]`` and prototypes ``[K, D]``, new tensors in the dtype of `memory`, equal on all ranks.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or device, or an int `k` outside 1..M.
@@ -61,15 +62,15 @@ def update_memory(
     scores = token_scores(flat, repeats, tiles, clusters, ranks)
     if len(flat):
         best = best_tokens(scores, owner, tiles.count, slots)
-        offered, score, times = flat[best], scores[best], repeats[best]
+        offered, score, times = flat[best], scores[best], repeats[best].to(bank.dtype)
     else:
-        offered, score, times = torch.zeros_like(bank), bank.new_zeros(clusters, slots), count.new_zeros(clusters, slots)
+        offered, score, times = torch.zeros_like(bank), *bank.new_zeros((2, clusters, slots))
 
-    # A score is never negative: -1 ranks behind all tokens. Repetitions, at most M, are exact in any dtype of a bank.
+    # A score is never negative: -1 is behind all tokens. Repetitions, at most M, are exact in any floating dtype here.
     present = torch.arange(slots, device=owner.device) < tiles.count.unsqueeze(1)
-    candidates = ranks.gather(torch.stack([score.where(present, -1.0), times.where(present, 0).to(score.dtype)]))
+    candidates = ranks.gather(torch.stack([score.where(present, -1.0), times.where(present, 0.0)]))
     score, times = candidates.permute(1, 2, 0, 3).flatten(2)
-    order = score.argsort(1, descending=True, stable=True)[:, :slots]
+    order = score.argsort(dim=1, descending=True, stable=True)[:, :slots]
     chosen = order.gather(1, written_places(times.gather(1, order).long()))
     cluster = torch.arange(clusters, device=owner.device).unsqueeze(1)
     row = (chosen // slots * clusters + cluster) * slots + chosen % slots

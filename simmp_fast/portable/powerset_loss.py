@@ -69,13 +69,13 @@ class Sums(NamedTuple):
     Attributes:
         overlap, square: ``[subsets, classes]``, sums of the probabilities at the label, and of all squared.
         cross_entropy: 0-d, over pixels and subsets.
-        count: ``[classes]`` int64, pixels of each class in the label.
+        class_pixels: ``[classes]`` int64, pixels of each class in the label.
     """
 
     overlap: Tensor
     square: Tensor
     cross_entropy: Tensor
-    count: Tensor
+    class_pixels: Tensor
 
 
 def powerset_sums(heads: Sequence[Tensor], label: Tensor) -> Sums:
@@ -106,8 +106,8 @@ def loss_and_slopes(
     sums: Sums, pixels: int, ce_weight: float, dice_weight: float, smooth: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss from the sums over `pixels`, and its derivatives by every overlap and every square."""
-    overlap, area = 2 * sums.overlap + smooth, sums.square + sums.count + smooth
-    weight = dice_weight / len(sums.count)
+    overlap, area = 2 * sums.overlap + smooth, sums.square + sums.class_pixels + smooth
+    weight = dice_weight / len(sums.class_pixels)
     loss = ce_weight / pixels * sums.cross_entropy + weight * (1 - overlap / area).sum()
     return loss, -2 * weight / area, 2 * weight * overlap / area.square()
 

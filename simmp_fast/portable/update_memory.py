@@ -87,7 +87,7 @@ def written_places(repeats: Tensor) -> Tensor:
 
 
 def write_slots(bank: Tensor, newest: Tensor, filled: Tensor, width: int | Tensor, rate: float) -> Tensor:
-    """The bank ``[K, M, D]`` after `newest`, in its order, went over the `width` lowest slots of each filled cluster."""
+    """The bank ``[K, M, D]`` after `newest`, in its order, went over the `width` lowest slots of filled clusters."""
     order = slot_order(bank).unsqueeze(-1).expand_as(bank)
     oldest = bank.gather(1, order)
     write = (torch.arange(bank.shape[1], device=bank.device) < width) & filled.unsqueeze(1)

@@ -18,6 +18,7 @@ from simmp_fast.data.errors import DataError
 from simmp_fast.model.memory import MemoryBank
 from simmp_fast.parallel.batch_norm import synchronise_batch_norm
 from simmp_fast.ranks import ALONE, Ranks
+from simmp_fast.training import rng
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -92,14 +93,25 @@ def prepare_model(model: nn.Module, ranks: Ranks) -> None:
     ranks.share(model)
 
 
+def share_random_state(ranks: Ranks) -> None:
+    """Give this rank the random state of rank 0: dropout in the backbone's position biases is one mask for a batch."""
+    if ranks.size == 1:
+        return
+    states = ranks.first(rng.capture)
+    # Rank 0 trains on its first GPU, every other rank on one of its own.
+    rng.restore({**states, "cuda": states["cuda"][:1] * torch.cuda.device_count()})
+
+
 def gradients_across(model: nn.Module, device: torch.device, ranks: Ranks) -> Callable[..., Any]:
     """The forward pass of `model` whose gradients are averaged over the ranks; `model` itself on one."""
     if ranks.size == 1:
         return model
-    return DistributedDataParallel(
+    averaged = DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,  # banks and running statistics are equal by what they are computed from
         static_graph=True,  # the decoder's first channel attention is never read, and finding that anew would wait
         init_sync=False,  # `prepare_model` has done so, buffers included
     )
+    # Banks and running statistics are equal by what they are computed from. The argument has two names by version.
+    averaged.broadcast_buffers = False
+    return averaged

@@ -23,6 +23,11 @@ from simmp_fast.training import rng
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+def launched_rank() -> int:
+    """This process's number among those that `torchrun` started; 0 without `torchrun`."""
+    return int(os.environ["RANK"]) if all(name in os.environ for name in _LAUNCHED) else 0
+
+
 @contextmanager
 def join_ranks(device: str | torch.device | None) -> Iterator[tuple[Ranks, torch.device]]:
     """This process's place among those that `torchrun` started, and the device it trains on.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +11,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import ops
-from ..portable.powerset_loss import Sums, loss_and_slopes, loss_gradients, powerset_sums
 from ..ranks import ALONE, Ranks
 from ..validation import check_powerset_loss
+
+# Where the three parts of the loss are: sums over pixels, loss and slopes from the sums, gradients of the heads. The
+# definition has no parts.
+_PARTS = {
+    "reference": "simmp_fast.portable.powerset_loss",
+    "portable": "simmp_fast.portable.powerset_loss",
+    "triton": "simmp_fast.kernels.powerset_loss.operators",
+}
 
 
 class _GlobalLoss(torch.autograd.Function):
@@ -20,23 +28,21 @@ class _GlobalLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, ranks: Ranks, label: Tensor, ce_weight: float, dice_weight: float, smooth: float, *heads: Tensor
+        ctx: Any, parts: Any, ranks: Ranks, label: Tensor, weights: tuple[float, float, float], *heads: Tensor
     ) -> Tensor:
-        sums = Sums(*map(ranks.total, powerset_sums(heads, label)))
-        found = loss_and_slopes(sums, ranks.size * label.numel(), ce_weight, dice_weight, smooth)
-        loss, by_overlap, by_square = (x.to(torch.promote_types(heads[0].dtype, torch.float32)) for x in found)
-        # Gradients are averaged over the ranks, so each rank's share is `size` times what it adds to the sum. A pixel's
-        # cross-entropy weighs 1 / (size * own pixels): there the factor leaves the weight that it has in one process.
-        ctx.save_for_backward(label, ranks.size * by_overlap, ranks.size * by_square, *heads)
-        ctx.ce_weight = ce_weight
-        return loss
+        dtype = torch.promote_types(heads[0].dtype, torch.float32)
+        sums = ranks.total(parts.powerset_sums(heads, label))
+        loss, slopes = parts.powerset_terms(sums, ranks.size * label.numel(), *weights)
+        # The gradients will be averaged over the ranks: a rank's part counts `size` times what it adds to the sum.
+        ctx.save_for_backward(label, ranks.size * slopes.to(dtype), *heads)
+        ctx.parts = parts
+        return loss.to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        label, by_overlap, by_square, *heads = ctx.saved_tensors
-        gradients = loss_gradients(grad, heads, label, by_overlap, by_square, ctx.ce_weight)
-        return None, None, None, None, None, *gradients
+        label, slopes, *heads = ctx.saved_tensors
+        return None, None, None, None, *ctx.parts.powerset_gradients(grad, heads, label, slopes)
 
 
 def powerset_loss(
@@ -51,9 +57,9 @@ def powerset_loss(
 ) -> Tensor:
     """`ops.powerset_loss` on the batches of all ranks: Dice of the whole batch, cross-entropy of all its pixels.
 
-    Only the sums over pixels travel. The gradient of a rank's heads is `size` times their share, so that averaged over
-    the ranks, as `DistributedDataParallel` does, parameters get the gradient of one process. Several ranks take the
-    portable operator's passes whatever the backend.
+    Only sums over pixels travel. The gradient of a rank's heads is `size` times their share, so that averaged over the
+    ranks, as `DistributedDataParallel` does, parameters get the gradient of one process. On several ranks the
+    reference is computed by the portable operator.
 
     Args:
         heads, label, ce_weight, dice_weight, smooth: as in `ops.powerset_loss`; of one shape on all ranks.
@@ -65,6 +71,7 @@ def powerset_loss(
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or device, or an empty batch on several ranks.
+        BackendError: the backend cannot run on these heads.
     """
     if ranks.size == 1:
         return ops.powerset_loss(
@@ -73,4 +80,5 @@ def powerset_loss(
     check_powerset_loss(heads, label)
     if label.numel() == 0:
         raise ValueError(f"label: got shape {list(label.shape)}, expected at least one pixel on each of several ranks")
-    return _GlobalLoss.apply(ranks, label, ce_weight, dice_weight, smooth, *heads)
+    parts = importlib.import_module(_PARTS[ops.loss_backend(heads, label, backend)])
+    return _GlobalLoss.apply(parts, ranks, label, (ce_weight, dice_weight, smooth), *heads)

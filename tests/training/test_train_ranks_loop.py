@@ -173,7 +173,17 @@ def test_torchrun_trains_the_real_network(cache: Cache, tmp_path: Path) -> None:
     run, settings = tmp_path / "run", tmp_path / "run.yaml"
     settings.write_text(yaml.safe_dump(to_mapping(tiny_config(epochs=1, backend="portable"))))
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(processes.free_port())]
-    command = ["-m", "simmp_fast.cli", "train", "--data", str(cache.folder), "--run-folder", str(run), "--device", "cpu"]
+    command = [
+        "-m",
+        "simmp_fast.cli",
+        "train",
+        "--data",
+        str(cache.folder),
+        "--run-folder",
+        str(run),
+        "--device",
+        "cpu",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     first = subprocess.run(
         [sys.executable, *launch, *command, "--config", str(settings)],

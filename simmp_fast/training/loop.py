@@ -186,7 +186,7 @@ class Run:
         verb = "resumed" if resumed else "started"
         text = f"{verb} at step {self.step}, epoch {self.epoch}: {self.cache.name} on {self.device}"
         if self.ranks.size > 1:
-            text += f", the first of {self.ranks.size} processes"
+            text += f", the first of {self.ranks.size} processes; their memory updates are made by portable operators"
         if self.validation is None:
             text += "; no validation cases, so no best checkpoint is chosen"
         return text

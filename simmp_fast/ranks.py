@@ -1,6 +1,6 @@
 """The processes that train one network together, and all that they say to one another.
 
-A leaf module: model, evaluation and training use it, it uses only PyTorch. For one process every method is the identity
+A leaf module: operators, model and training use it, it uses only PyTorch. For one process every method is the identity
 and no process group is needed.
 """
 

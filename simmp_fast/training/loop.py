@@ -81,10 +81,10 @@ def train(
         DataError: the cache or the checkpoint is damaged.
         TrainingError: a loss or gradient that is not finite, or a disk that is full.
     """
-    check_data(config, cache)
     records = {"data.json": to_mapping(cache.recipe), "splits.json": {"cache": cache.checksum, **cache.splits}}
     with join_ranks(device) as (ranks, place), StopRequest() as stop:
         config = ranks.first(lambda: config)
+        check_data(config, cache)
         check_ranks(config, cache, ranks)
         with RunFolder(run, config, records, resume=resume, ranks=ranks) as folder:
             return _run(Run(config, cache, folder, place, stop, ranks))

@@ -155,7 +155,7 @@ class Run:
         self.model.to(device).train()
         prepare_model(self.model, ranks)
         self.optimizer = make_optimizer(self.model, config.train)
-        self.take_step = TrainStep(self.model, self.optimizer, config.train, device, ranks)
+        self.take_step = TrainStep(self.model, self.optimizer, config.train, device, ranks=ranks)
         if checkpoint is not None:
             self._restore(state)
         share_random_state(ranks)

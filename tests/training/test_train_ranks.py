@@ -28,7 +28,7 @@ def make_step(ranks: Ranks, dtype: torch.dtype) -> TrainStep:
     model = SimMPNet(replace(config.model, warmup_steps=2), backend="portable").to(dtype).train()
     prepare_model(model, ranks)
     share_random_state(ranks)
-    return TrainStep(model, make_optimizer(model, config.train), config.train, torch.device("cpu"), ranks)
+    return TrainStep(model, make_optimizer(model, config.train), config.train, torch.device("cpu"), ranks=ranks)
 
 
 def batch(ranks: Ranks, step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor
 from training_stubs import ROOT, TinyModel, assert_equal_runs, make_cache, tiny_config
 
-from simmp_fast.config import Config, to_mapping
+from simmp_fast.config import Config, from_mapping, to_mapping
 from simmp_fast.data.cache import Cache
 from simmp_fast.data.errors import DataError
 from simmp_fast.training import loop
@@ -139,7 +139,7 @@ def test_a_defect_on_one_rank_ends_all(cache: Cache, tmp_path: Path) -> None:
     started = processes.start(job, 2, cache.folder, tmp_path / "run", tiny_config(), {"fail": (1, 3)})
     other, failed = processes.finish(started, seconds=60)
     assert "a defect on one rank" in failed
-    assert "Connection closed by peer" in other or "Connection reset by peer" in other
+    assert "Traceback" in other
 
 
 def test_what_several_processes_cannot_train(cache: Cache, tmp_path: Path, runs: Path) -> None:
@@ -147,8 +147,6 @@ def test_what_several_processes_cannot_train(cache: Cache, tmp_path: Path, runs:
     assert kind == "ConfigError"
     assert text == "train.batch_size: got 3, expected a multiple of 2: it is shared by that many processes"
     mapping = to_mapping(tiny_config())
-    from simmp_fast.config import from_mapping
-
     released = from_mapping(Config, mapping | {"model": mapping["model"] | {"variant": "released"}})
     assert "model.variant: got 'released', expected 'paper' on several" in train(2, cache, tmp_path / "r", released)[1]
     assert "run folder exists; resume it (--resume)" in train(2, cache, runs / "two")[1]

@@ -113,7 +113,7 @@ class TrainConfig:
 
     Attributes:
         epochs: passes over the training slices.
-        batch_size: slices per step.
+        batch_size: slices per step, shared by all processes that train together.
         lr: AdamW learning rate, constant.
         weight_decay: AdamW weight decay.
         seed: seed of weights, order and augmentation.

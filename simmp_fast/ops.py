@@ -99,7 +99,10 @@ def choose_backend(
 
 
 def _implementation(backend: str, tensor: Tensor, too_large: str | None = None) -> ModuleType:
-    name = choose_backend(backend, tensor.device, tensor.dtype, too_large)
+    return _module(choose_backend(backend, tensor.device, tensor.dtype, too_large))
+
+
+def _module(name: str) -> ModuleType:
     if name == "triton":
         from . import kernels  # by the first call that takes them: Triton may not be installed
 
@@ -203,6 +206,14 @@ def split_attention(
     return implementation.split_attention(query, key, value, row_mean, threshold, variant=variant)
 
 
+def loss_backend(heads: Sequence[Tensor], label: Tensor, backend: str = "auto") -> str:
+    """The backend that `powerset_loss` takes; raises as `choose_backend`."""
+    first = heads[0] if heads else label
+    many = heads and first.dim() == 4 and first.shape[1] > MOST_CLASSES
+    too_large = f"got {first.shape[1]} classes, the kernels take at most {MOST_CLASSES}" if many else None
+    return choose_backend(backend, first.device, first.dtype, too_large)
+
+
 def powerset_loss(
     heads: Sequence[Tensor],
     label: Tensor,
@@ -213,8 +224,5 @@ def powerset_loss(
     backend: str = "auto",
 ) -> Tensor:
     """The loss over all subsets of the heads; see `simmp_fast.reference.powerset_loss`."""
-    first = heads[0] if heads else label
-    many = heads and first.dim() == 4 and first.shape[1] > MOST_CLASSES
-    too_large = f"got {first.shape[1]} classes, the kernels take at most {MOST_CLASSES}" if many else None
-    implementation = _implementation(backend, first, too_large)
+    implementation = _module(loss_backend(heads, label, backend))
     return implementation.powerset_loss(heads, label, ce_weight=ce_weight, dice_weight=dice_weight, smooth=smooth)

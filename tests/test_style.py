@@ -40,12 +40,13 @@ def test_file_is_small(path: Path) -> None:
 
 ARROWS = {
     "reference": {"validation"},
-    "portable": {"validation"},
+    "portable": {"ranks", "validation"},
     "kernels": {"validation", "ops"},
-    "model": {"config", "ops", "validation"},
+    "parallel": {"ops", "portable", "ranks", "validation"},
+    "model": {"config", "ops", "parallel", "ranks", "validation"},
     "data": {"config"},
     "evaluation": {"config", "data", "model", "pictures", "validation"},
-    "training": {"config", "data", "evaluation", "model", "ops", "pictures"},
+    "training": {"config", "data", "evaluation", "model", "ops", "parallel", "pictures", "ranks"},
 }
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _EXAMPLE = """simmp-fast train --data cache/demo --run runs/demo --preset small
   simmp-fast train --data cache/my_data --run runs/mine --preset synapse --set train.batch_size=8 train.lr=3e-4
   simmp-fast train --data cache/my_data --run runs/mine --resume
+  torchrun --nproc-per-node 2 -m simmp_fast.cli train --data cache/my_data --run-folder runs/mine
 
 the configuration is, later ones winning: the preset; classes, clusters, channels and image size of the data; the YAML
 file of --config; --backend; the values of --set. It is saved as config.yaml in the run folder."""
@@ -33,7 +34,8 @@ def register(commands: Any) -> None:
     """Add the command."""
     parser = add_command(commands, "train", "train a network, or continue an interrupted run exactly", _EXAMPLE)
     parser.add_argument("--data", type=Path, required=True, help="a cache that prepare wrote")
-    parser.add_argument("--run", dest="folder", type=Path, required=True, help="the run folder")
+    # torchrun, which reads the command line first, has options that begin with --run.
+    parser.add_argument("--run", "--run-folder", dest="folder", type=Path, required=True, help="the run folder")
     parser.add_argument("--preset", default="synapse", help="acdc, isic2018, segpc2021, small or synapse")
     parser.add_argument("--config", type=Path, help="YAML file with the sections model and train")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="such as train.epochs=50")
@@ -66,12 +68,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Train; 130 where a signal stopped it, which `--resume` continues."""
     from simmp_fast.data import Cache
     from simmp_fast.training import train
+    from simmp_fast.training.distributed import launched_rank
 
     cache = Cache.open(arguments.data)
-    device = choose_device(arguments.device)
+    device = choose_device(arguments.device) if arguments.device else None
     result = train(configuration(arguments, cache), cache, arguments.folder, resume=arguments.resume, device=device)
     if result.interrupted:
         return 130
-    best = "" if result.best is None else f", best validation Dice {result.best:.4f}"
-    print(f"{result.epoch} epochs, {result.step} steps{best}: {result.folder}")
+    if launched_rank() == 0:
+        best = "" if result.best is None else f", best validation Dice {result.best:.4f}"
+        print(f"{result.epoch} epochs, {result.step} steps{best}: {result.folder}")
     return 0

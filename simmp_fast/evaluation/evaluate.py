@@ -69,7 +69,7 @@ def evaluate(
     return Evaluation(cache.name, split, rule, tuple(cache.classes), tuple(rows))
 
 
-def slice_dice(
+def case_dice(
     model: nn.Module,
     cache: Cache,
     split: str,
@@ -78,23 +78,27 @@ def slice_dice(
     device: str | torch.device | None = None,
     precision: str = "float32",
     progress: bool = False,
-) -> float:
-    """Mean foreground Dice of a split at network resolution: the validation metric of training.
+    rank: int = 0,
+    ranks: int = 1,
+) -> list[float]:
+    """Foreground Dice of each case of a split at network resolution: the validation metric of training.
 
     For each case and class, `2 |P and T| / (|P| + |T|)` from pixel counts over all slices of the case at S1; a class
-    absent from prediction and truth is left out; mean over the classes of a case, then over the cases that have any.
+    absent from prediction and truth is left out; mean over the classes of a case. A case without any is left out.
     No surface distances and no resizing, so it costs little more than the forward passes.
 
     Args:
         model, cache, split, batch_size, device, precision, progress: as in `evaluate`.
+        rank: this process, of `ranks`.
+        ranks: processes that share the cases: each takes every `ranks`-th.
 
     Returns:
-        0..1, or NaN where no case has foreground in prediction or truth.
+        numbers in 0..1.
 
     Raises:
         DataError: an unknown or empty split, or a model of another number of classes.
     """
-    cases = _cases(cache, split)
+    cases = _cases(cache, split)[rank::ranks]
     slices = _progress(_slices(cases), sum(case.slices for case in cases), f"validate {split}", progress)
     count = len(cache.classes)
     means = []
@@ -106,7 +110,7 @@ def slice_dice(
             present = total > 0
             if present.any():
                 means.append(float((2 * confusion.diagonal()[1:][present] / total[present]).mean()))
-    return float(np.mean(means)) if means else float("nan")
+    return means
 
 
 def _measurable(protocol: Protocol, cases: Sequence[Case]) -> Protocol:

@@ -15,7 +15,8 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from ..parallel.update_memory import update_memory
+from ..ranks import ALONE, Ranks
 from .structuring import structure
 
 
@@ -50,6 +51,7 @@ class MemoryBank(nn.Module):
         prototypes: ``[K, D]``.
         step: training steps committed so far; a host integer, saved in the extra state.
         warming: whether the bank is still in warm-up: it is filled, but not yet attended to.
+        ranks: the processes whose tokens it takes, each with as many images; their banks stay equal bit for bit.
     """
 
     memory: Tensor
@@ -72,6 +74,7 @@ class MemoryBank(nn.Module):
         self.register_buffer("prototypes", torch.rand(clusters, dim))
         self.warmup_steps, self.rate, self.seed, self.name = warmup_steps, rate, seed, name
         self.backend = backend
+        self.ranks: Ranks = ALONE
         self._offered: Tensor | None = None
         self._draws: Tensor | None = None
         self._enter(0)
@@ -118,7 +121,8 @@ class MemoryBank(nn.Module):
         The draws lie on the device at one address, so a captured `write` finds the new ones there.
 
         Args:
-            batch: images of the step; those of the tokens offered last where it is None.
+            batch: images of the step on this rank; those of the tokens offered last where it is None. Every rank
+                draws for the images of all.
 
         Raises:
             RuntimeError: no batch is given and no tokens were offered.
@@ -126,7 +130,7 @@ class MemoryBank(nn.Module):
         batch = self._tokens().shape[0] if batch is None else batch
         if not self.warming or batch == 0:
             return
-        draws = self._draw(batch)
+        draws = self._draw(batch * self.ranks.size)
         if self._draws is None or (self._draws.shape, self._draws.device) != (draws.shape, self.memory.device):
             self._draws = torch.empty(draws.shape, dtype=draws.dtype, device=self.memory.device)
         if self._draws.is_cuda:
@@ -171,8 +175,8 @@ class MemoryBank(nn.Module):
         if self.warming:
             memory, prototypes = self._with_random_tokens(tokens), self.prototypes
         else:
-            memory, prototypes = ops.update_memory(
-                tokens, self.memory, self.prototypes, k, rate=self.rate, backend=self.backend
+            memory, prototypes = update_memory(
+                tokens, self.memory, self.prototypes, k, rate=self.rate, backend=self.backend, ranks=self.ranks
             )
         if keep is not None:
             memory = torch.where(keep, memory, self.memory)
@@ -184,7 +188,9 @@ class MemoryBank(nn.Module):
         """Count a training step; the last one of the warm-up structures the bank."""
         self._enter(self.step + 1)
         if self.step == self.warmup_steps:
-            self._store(*structure(self.memory, named_generator(self.seed, self.name, self.step)))
+            generator = named_generator(self.seed, self.name, self.step)
+            # On one rank alone: k-means adds in an order that depends on the processor and its threads.
+            self._store(*self.ranks.first(lambda: structure(self.memory.cpu(), generator)))
 
     def _store(self, memory: Tensor, prototypes: Tensor) -> None:
         """Copy in place: the addresses of the bank never change."""
@@ -197,6 +203,6 @@ class MemoryBank(nn.Module):
             raise RuntimeError(f"memory bank {self.name!r}: nothing was drawn for this write, call prepare() before it")
         image, place, slot, written = self._draws
         length, flat = tokens.shape[1], self.memory.flatten(0, 1)
-        drawn = tokens.flatten(0, 1)[image * length + (place * length >> 31)].to(flat.dtype)
+        drawn = self.ranks.rows(tokens.flatten(0, 1), image * length + (place * length >> 31)).to(flat.dtype)
         values = torch.where(written.bool().unsqueeze(1), drawn, flat[slot])
         return flat.index_copy(0, slot, values).view_as(self.memory)

@@ -63,18 +63,20 @@ def _softmax_(centred: Tensor) -> Tensor:
     return total
 
 
-@torch.library.custom_op("simmp_fast::portable_powerset_loss", mutates_args=())
-def _loss(
-    heads: Sequence[Tensor], label: Tensor, ce_weight: float, dice_weight: float, smooth: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and its derivatives by every overlap and by every sum of squares: ``[subsets, classes]`` each."""
+def powerset_sums(heads: Sequence[Tensor], label: Tensor) -> Tensor:
+    """What the loss needs of all pixels; sums of several batches add up to those of the batches together.
+
+    Returns:
+        ``[2^heads, 2 classes + 1]``: in a subset's row the overlap and the square of each class; in the empty subset's
+        row the label's pixels of each class and, last, the cross-entropy of all subsets.
+    """
     with no_autocast(label):
         source = ResizedHeads(heads, (label.shape[1], label.shape[2]))
         subsets, classes = 2 ** len(heads) - 1, heads[0].shape[1]
         # Sums over all pixels in float64 where the device has it: it costs nothing, and no order of chunks shows.
         precise = source.dtype if label.device.type == "mps" else torch.float64
-        sums = torch.zeros((2, subsets, classes), dtype=precise, device=label.device)
-        cross_entropy = sums.new_zeros(())
+        sums = torch.zeros((1 + subsets, 2 * classes + 1), dtype=precise, device=label.device)
+        overlap, square, cross_entropy = sums[1:, :classes], sums[1:, classes:-1], sums[0, -1]
         names = torch.arange(classes, device=label.device).unsqueeze(1)
         space = _Workspace(source, label)
         for band in source.bands(_chunk(label)):
@@ -84,39 +86,58 @@ def _loss(
             _centred_logits(source, band, probabilities)
             chosen = probabilities.gather(1, target.expand(subsets, 1, -1))
             total = _softmax_(probabilities)
-            cross_entropy += (total.log_() - chosen).sum(dtype=sums.dtype)
-            sums[0] += torch.mul(probabilities, member, out=product).sum(-1)
-            sums[1] += probabilities.square_().sum(-1)
-        count = (label.reshape(1, -1) == names).sum(1)
-        overlap, area = 2 * sums[0] + smooth, sums[1] + count + smooth
-        weight = dice_weight / classes
-        loss = ce_weight / label.numel() * cross_entropy + weight * (1 - overlap / area).sum()
-        by_overlap, by_square = -2 * weight / area, 2 * weight * overlap / area.square()
-        return loss.to(source.dtype), by_overlap.to(source.dtype), by_square.to(source.dtype)
+            cross_entropy += (total.log_() - chosen).sum(dtype=precise)
+            overlap += torch.mul(probabilities, member, out=product).sum(-1)
+            square += probabilities.square_().sum(-1)
+        sums[0, :classes] = (label.reshape(1, -1) == names).sum(1)
+        return sums
+
+
+def powerset_terms(
+    sums: Tensor, pixels: int, ce_weight: float, dice_weight: float, smooth: float
+) -> tuple[Tensor, Tensor]:
+    """The loss from the sums over `pixels`, and its derivatives.
+
+    Returns:
+        0-d loss; ``[2^heads - 1, 2 classes + 1]``, its derivatives by a subset's overlaps, by its squares and by the
+        cross-entropy of a pixel.
+    """
+    classes = sums.shape[1] // 2
+    overlap, area = 2 * sums[1:, :classes] + smooth, sums[1:, classes:-1] + sums[0, :classes] + smooth
+    weight = dice_weight / classes
+    loss = ce_weight / pixels * sums[0, -1] + weight * (1 - overlap / area).sum()
+    by_pixel = area.new_full((len(area), 1), ce_weight / pixels)
+    return loss, torch.cat([-2 * weight / area, 2 * weight * overlap / area.square(), by_pixel], 1)
+
+
+@torch.library.custom_op("simmp_fast::portable_powerset_loss", mutates_args=())
+def _loss(
+    heads: Sequence[Tensor], label: Tensor, ce_weight: float, dice_weight: float, smooth: float
+) -> tuple[Tensor, Tensor]:
+    """The loss and its derivatives, as `powerset_terms`, in the dtype of the loss."""
+    dtype = torch.promote_types(heads[0].dtype, torch.float32)
+    loss, slopes = powerset_terms(powerset_sums(heads, label), label.numel(), ce_weight, dice_weight, smooth)
+    return loss.to(dtype), slopes.to(dtype)
 
 
 @_loss.register_fake
 def _(
     heads: Sequence[Tensor], label: Tensor, ce_weight: float, dice_weight: float, smooth: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(heads[0].dtype, torch.float32)
-    table = (2 ** len(heads) - 1, heads[0].shape[1])
-    loss, by_overlap, by_square = (heads[0].new_empty(shape, dtype=dtype) for shape in ((), table, table))
-    return loss, by_overlap, by_square
+) -> tuple[Tensor, Tensor]:
+    loss = heads[0].new_empty((), dtype=torch.promote_types(heads[0].dtype, torch.float32))
+    return loss, loss.new_empty((2 ** len(heads) - 1, 2 * heads[0].shape[1] + 1))
 
 
 @torch.library.custom_op("simmp_fast::portable_powerset_loss_backward", mutates_args=())
-def _loss_backward(
-    grad: Tensor, heads: Sequence[Tensor], label: Tensor, by_overlap: Tensor, by_square: Tensor, ce_weight: float
-) -> list[Tensor]:
+def powerset_gradients(grad: Tensor, heads: Sequence[Tensor], label: Tensor, slopes: Tensor) -> list[Tensor]:
     """The gradient of each head. With p the probabilities and y the label as one-hot, that of a subset's logits is
     ``p * (g - sum_c p g) + e * (p - y)``: g = `by_overlap` * y + `by_square` * p, e the weight of a pixel's CE."""
     with no_autocast(label):
         source = ResizedHeads(heads, (label.shape[1], label.shape[2]))
-        grads = source.new_gradients()
-        by_overlap, by_square = (by_overlap * grad).unsqueeze(-1), (by_square * grad).unsqueeze(-1)
-        entropy = grad * (ce_weight / label.numel())
-        names = torch.arange(by_overlap.shape[1], device=label.device).unsqueeze(1)
+        grads, classes = source.new_gradients(), source.classes
+        by_overlap, by_square = (slopes * grad)[:, :-1].unsqueeze(-1).split(classes, 1)
+        entropy = grad * slopes[0, -1]
+        names = torch.arange(classes, device=label.device).unsqueeze(1)
         space = _Workspace(source, label)
         for band in source.bands(_chunk(label)):
             target = label[band.image, band.rows].reshape(1, -1)
@@ -135,21 +156,19 @@ def _loss_backward(
         return source.finish(grads, heads[0].dtype)
 
 
-@_loss_backward.register_fake
-def _(
-    grad: Tensor, heads: Sequence[Tensor], label: Tensor, by_overlap: Tensor, by_square: Tensor, ce_weight: float
-) -> list[Tensor]:
+@powerset_gradients.register_fake
+def _(grad: Tensor, heads: Sequence[Tensor], label: Tensor, slopes: Tensor) -> list[Tensor]:
     return [torch.empty_like(head, memory_format=torch.contiguous_format) for head in heads]
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    heads, label, ctx.ce_weight, _, _ = inputs
-    ctx.save_for_backward(label, *output[1:], *heads)
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    heads, label = inputs[:2]
+    ctx.save_for_backward(label, output[1], *heads)
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[object, ...]:
-    label, by_overlap, by_square, *heads = ctx.saved_tensors
-    return _loss_backward(grad, heads, label, by_overlap, by_square, ctx.ce_weight), None, None, None, None
+    label, slopes, *heads = ctx.saved_tensors
+    return powerset_gradients(grad, heads, label, slopes), None, None, None, None
 
 
 _loss.register_autograd(_differentiate, setup_context=_save)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ranks import ALONE, Ranks
 from ..validation import check_update_memory
 from .assign_clusters import assign_clusters
 from .precision import at_least_float32, exp_
@@ -26,7 +27,7 @@ def _first_equal(memory: Tensor) -> Tensor:
     return (fingerprint.unsqueeze(2) == fingerprint.unsqueeze(1)).int().argmax(-1)
 
 
-def _slot_order(memory: Tensor) -> Tensor:
+def slot_order(memory: Tensor) -> Tensor:
     """``[K, M]``: the slots of each cluster by rising score.
 
     Equal slots take the score of the first of them: rounding in a vectorised sum may depend on the position, and the
@@ -36,21 +37,62 @@ def _slot_order(memory: Tensor) -> Tensor:
     return score.gather(1, _first_equal(memory)).argsort(dim=1, stable=True)
 
 
-def _token_scores(tokens: Tensor, repeats: Tensor, tiles: Tiles, clusters: int) -> Tensor:
+def repetitions(owner: Tensor, rank: Tensor, count: Tensor, width: int | Tensor) -> Tensor:
+    """``[T]``: how often each token is counted when a cluster of fewer than `width` is repeated cyclically.
+
+    Args:
+        owner: ``[T]``, the cluster of each token.
+        rank: ``[T]``, the place of each token in its cluster.
+        count: ``[K]``, the tokens of each cluster.
+        width: tokens that are needed.
+    """
+    short = count < width
+    filled = count.clamp_min(1)
+    whole, rest = torch.where(short, width // filled, 1), torch.where(short, width % filled, 0)
+    return whole[owner] + (rank < rest[owner])
+
+
+def token_scores(tokens: Tensor, repeats: Tensor, tiles: Tiles, clusters: int, ranks: Ranks = ALONE) -> Tensor:
     """``[T]``: softmax over the tokens of a cluster, each counted `repeats` times, per channel; summed over channels.
 
     Tokens are reduced tile by tile and tiles cluster by cluster, without atomics. A cluster without tokens has no rows
-    whose score is read; its peak and its total are kept finite for the empty tiles that may name it.
+    whose score is read; its peak and its total are kept finite for the empty tiles that may name it. Where several
+    ranks hold tokens, the softmax is over those of all.
     """
     mine = (tiles.owner == torch.arange(clusters, device=tokens.device).unsqueeze(1)).unsqueeze(-1)
     rows = to_tiles(tokens, tiles, -torch.inf)
-    peak = rows.amax(1).where(mine, -torch.inf).amax(1)
+    peak = ranks.largest(rows.amax(1).where(mine, -torch.inf).amax(1))
     peak = peak.where(peak.isfinite(), 0.0)
     weights = exp_(rows.sub_(peak[tiles.owner].unsqueeze(1)))
     counted = weights * to_tiles(repeats.to(tokens.dtype).unsqueeze(1), tiles)
-    total = counted.sum(1).where(mine, 0.0).sum(1)
+    total = ranks.total(counted.sum(1).where(mine, 0.0).sum(1))
     share = total.clamp_min(torch.finfo(total.dtype).tiny).reciprocal()[tiles.owner].unsqueeze(1)
     return from_tiles(weights.mul_(share).sum(-1, keepdim=True), tiles).squeeze(1)
+
+
+def best_tokens(scores: Tensor, owner: Tensor, count: Tensor, slots: int) -> Tensor:
+    """``[K, M]``: the tokens of each cluster by falling score; past its `count` an entry means nothing."""
+    falling = scores.argsort(descending=True, stable=True)
+    falling = falling[owner[falling].argsort(stable=True)]
+    place = torch.arange(slots, device=owner.device)
+    start = count.cumsum(0) - count
+    return falling[(start.unsqueeze(1) + place).clamp_max(scores.shape[0] - 1)]
+
+
+def written_places(repeats: Tensor) -> Tensor:
+    """``[K, M]``: which of a cluster's candidates each write takes, when candidate j comes ``repeats[:, j]`` times."""
+    slots = repeats.shape[1]
+    place = torch.arange(slots, device=repeats.device).expand_as(repeats).contiguous()
+    return torch.searchsorted(repeats.cumsum(1), place, right=True).clamp_max(slots - 1)
+
+
+def write_slots(bank: Tensor, newest: Tensor, filled: Tensor, width: int | Tensor, rate: float) -> Tensor:
+    """The bank ``[K, M, D]`` after `newest`, in its order, went over the `width` lowest slots of filled clusters."""
+    order = slot_order(bank).unsqueeze(-1).expand_as(bank)
+    oldest = bank.gather(1, order)
+    write = (torch.arange(bank.shape[1], device=bank.device) < width) & filled.unsqueeze(1)
+    mixed = torch.where(write.unsqueeze(-1), (1 - rate) * oldest + rate * newest, oldest)
+    return torch.empty_like(bank).scatter(1, order, mixed)
 
 
 @torch.no_grad()
@@ -97,24 +139,9 @@ def update_memory(
     width = k.clamp(1, slots).long() if isinstance(k, Tensor) else k
 
     tiles = tile_layout(owner, clusters)
-    short = tiles.count < width
-    count = tiles.count.clamp_min(1)
-    whole, rest = torch.where(short, width // count, 1), torch.where(short, width % count, 0)
-    repeats = whole[owner] + (tiles.rank < rest[owner])
-    scores = _token_scores(flat, repeats, tiles, clusters)
-
-    falling = scores.argsort(descending=True, stable=True)
-    falling = falling[owner[falling].argsort(stable=True)]
-    place = torch.arange(slots, device=owner.device)
-    start = tiles.count.cumsum(0) - tiles.count
-    best = falling[(start.unsqueeze(1) + place).clamp_max(flat.shape[0] - 1)]
-    run = repeats[best].where(place < tiles.count.unsqueeze(1), 0).cumsum(1)
-    written = torch.searchsorted(run, place.expand(clusters, slots).contiguous(), right=True).clamp_max(slots - 1)
-    newest = flat[best.gather(1, written)]
-
-    order = _slot_order(bank).unsqueeze(-1).expand_as(bank)
-    oldest = bank.gather(1, order)
-    write = (place < width) & (tiles.count > 0).unsqueeze(1)
-    mixed = torch.where(write.unsqueeze(-1), (1 - rate) * oldest + rate * newest, oldest)
-    updated = torch.empty_like(bank).scatter(1, order, mixed)
+    repeats = repetitions(owner, tiles.rank, tiles.count, width)
+    best = best_tokens(token_scores(flat, repeats, tiles, clusters), owner, tiles.count, slots)
+    present = torch.arange(slots, device=owner.device) < tiles.count.unsqueeze(1)
+    newest = flat[best.gather(1, written_places(repeats[best].where(present, 0)))]
+    updated = write_slots(bank, newest, tiles.count > 0, width, rate)
     return updated.to(memory.dtype), updated.mean(1).to(memory.dtype)

@@ -111,6 +111,22 @@ class RunLog:
         self.close()
 
 
+class SilentLog(RunLog):
+    """The log of a process that keeps none: one of several that train together, but not the first."""
+
+    def __init__(self) -> None:
+        pass
+
+    def say(self, message: str) -> None:
+        """Nothing."""
+
+    def advance(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def _finite(value: Any) -> Any:
     """None for NaN and infinities, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

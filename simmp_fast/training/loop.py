@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from simmp_fast.config import Config, ConfigError, to_mapping
 from simmp_fast.data.cache import Cache
 from simmp_fast.data.errors import DataError
 from simmp_fast.data.loader import slice_loader
-from simmp_fast.evaluation.evaluate import slice_dice
+from simmp_fast.evaluation.evaluate import case_dice
 from simmp_fast.model import SimMPNet
 from simmp_fast.model.pretrained import load_strict
+from simmp_fast.ranks import Ranks
 from simmp_fast.training import rng
 from simmp_fast.training.checkpoint import (
     WEIGHTS,
@@ -27,9 +31,10 @@ from simmp_fast.training.checkpoint import (
     save_last,
     save_weights,
 )
+from simmp_fast.training.distributed import check_ranks, join_ranks, prepare_model, share_random_state
 from simmp_fast.training.errors import TrainingError
 from simmp_fast.training.interrupt import StopRequest
-from simmp_fast.training.log import RunLog
+from simmp_fast.training.log import RunLog, SilentLog
 from simmp_fast.training.run_folder import RunFolder
 from simmp_fast.training.step import TrainStep, make_optimizer
 from simmp_fast.training.views import RunPictures
@@ -59,6 +64,8 @@ def train(
 ) -> RunResult:
     """Train a network, or continue a run exactly where its last checkpoint stands.
 
+    Started by `torchrun` in several processes, all of them train one network (docs/distributed.md).
+
     SIGINT and SIGTERM finish the current step, write `last` and return; a second signal acts at once.
 
     Args:
@@ -66,26 +73,32 @@ def train(
         cache: prepared data, with the classes, channels and size that `config.model` says.
         run: the run folder; must not exist, or be empty, unless `resume`.
         resume: continue the run in that folder. Its configuration may differ only in `run_folder.FREE_KEYS`.
-        device: a CUDA GPU if there is one, else the CPU.
+        device: a CUDA GPU if there is one, else the CPU. Each of several processes takes its own GPU.
 
     Raises:
-        ConfigError: the configuration does not fit the data or the saved run, or the folder cannot be used.
+        ConfigError: the configuration does not fit the data, the saved run or the number of processes, or the folder
+            cannot be used.
         DataError: the cache or the checkpoint is damaged.
         TrainingError: a loss or gradient that is not finite, or a disk that is full.
     """
-    check_data(config, cache)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if config.train.cuda_graph and place.type != "cuda":
-        raise ConfigError(f"train.cuda_graph: got true on {place.type}, expected a CUDA device")
     records = {"data.json": to_mapping(cache.recipe), "splits.json": {"cache": cache.checksum, **cache.splits}}
-    with RunFolder(run, config, records, resume=resume) as folder, StopRequest() as stop:
-        runner = Run(config, cache, folder, place, stop)
-        with runner.log:
-            try:
-                return runner.train()
-            except (TrainingError, DataError) as error:
-                runner.log.say(str(error))
-                raise
+    with join_ranks(device) as (ranks, place), StopRequest() as stop:
+        config = ranks.first(lambda: config)
+        if config.train.cuda_graph and place.type != "cuda":
+            raise ConfigError(f"train.cuda_graph: got true on {place.type}, expected a CUDA device")
+        check_data(config, cache)
+        check_ranks(config, cache, ranks)
+        with RunFolder(run, config, records, resume=resume, ranks=ranks) as folder:
+            return _run(Run(config, cache, folder, place, stop, ranks))
+
+
+def _run(runner: Run) -> RunResult:
+    with runner.log:
+        try:
+            return runner.train()
+        except (TrainingError, DataError) as error:
+            runner.log.say(str(error))
+            raise
 
 
 def check_data(config: Config, cache: Cache) -> None:
@@ -103,50 +116,56 @@ def check_data(config: Config, cache: Cache) -> None:
 
 
 class Run:
-    """One run: the network, its optimiser, and where they stand.
+    """One run: the network, its optimiser, and where they stand. Of several ranks the first alone writes files.
 
     Attributes:
         step: training steps taken.
         epoch: the epoch at work (0-based).
         batch: batches of it already taken.
         best: best validation Dice so far.
+        share: slices of a batch that this rank takes.
         reading_is_free: whether a value can be read without waiting for the device.
     """
 
     def __init__(
-        self, config: Config, cache: Cache, run_folder: RunFolder, device: torch.device, stop: StopRequest
+        self,
+        config: Config,
+        cache: Cache,
+        run_folder: RunFolder,
+        device: torch.device,
+        stop: StopRequest,
+        ranks: Ranks,
     ) -> None:
         folder = run_folder.path
-        self.config, self.cache, self.folder, self.device, self.stop = config, cache, folder, device, stop
+        self.config, self.cache, self.folder, self.device = config, cache, folder, device
+        self.stop, self.ranks, self.share = stop, ranks, config.train.batch_size // ranks.size
         self.step = self.epoch = self.batch = 0
         self.best: float | None = None
         self.reading_is_free = device.type == "cpu"
         self.validation = "validation" if cache.splits.get("validation") else None
-        self.pictures = RunPictures(folder, cache, self.validation, config.train.overlays)
+        self.pictures = RunPictures(folder, cache, self.validation, 0 if ranks.rank else config.train.overlays)
 
         rng.seed_all(config.train.seed)
         self.model: Any = SimMPNet(config.model, backend=config.train.backend)
-        checkpoint = load_last(folder)
+        checkpoint = ranks.first(lambda: load_last(folder))
         if checkpoint is None:
-            self._load_backbone()
+            ranks.first(self._load_backbone)
         else:
             tensors, meta, state = checkpoint
             check_model_config(folder / WEIGHTS, meta.model, config.model)
             load_strict(self.model, tensors, str(folder / WEIGHTS))
         self.model.to(device).train()
+        prepare_model(self.model, ranks)
         self.optimizer = make_optimizer(self.model, config.train)
-        self.take_step = TrainStep(self.model, self.optimizer, config.train, device)
+        self.take_step = TrainStep(self.model, self.optimizer, config.train, device, ranks=ranks)
         if checkpoint is not None:
             self._restore(state)
+        share_random_state(ranks)
 
         self.steps_per_epoch = len(self._loader(start_batch=0))
         run_folder.record()
-        self.log = RunLog(
-            folder,
-            total_steps=config.train.epochs * self.steps_per_epoch,
-            step=self.step,
-            metrics_bytes=0 if checkpoint is None else state.metrics_bytes,
-        )
+        self.log: RunLog = SilentLog()
+        ranks.first(lambda: self._open_log(0 if checkpoint is None else state.metrics_bytes))
         self.saved_at = time.monotonic()
         self.log.say(self._opening(resumed=checkpoint is not None))
 
@@ -163,9 +182,15 @@ class Run:
         self.take_step.loss_sum.fill_(state.loss_sum)
         rng.restore(state.rng)
 
+    def _open_log(self, metrics_bytes: int) -> None:
+        steps = self.config.train.epochs * self.steps_per_epoch
+        self.log = RunLog(self.folder, total_steps=steps, step=self.step, metrics_bytes=metrics_bytes)
+
     def _opening(self, *, resumed: bool) -> str:
         verb = "resumed" if resumed else "started"
         text = f"{verb} at step {self.step}, epoch {self.epoch}: {self.cache.name} on {self.device}"
+        if self.ranks.size > 1:
+            text += f", the first of {self.ranks.size} processes; their memory updates are made by portable operators"
         if self.validation is None:
             text += "; no validation cases, so no best checkpoint is chosen"
         return text
@@ -175,19 +200,25 @@ class Run:
         return slice_loader(
             self.cache,
             "train",
-            train.batch_size,
+            self.share,
             seed=train.seed,
             epoch=self.epoch,
             start_batch=start_batch,
             augment=train.augment,
             workers=train.workers,
+            rank=self.ranks.rank,
+            ranks=self.ranks.size,
         )
+
+    def _stopping(self) -> bool:
+        """Whether some rank was asked to stop; all of them hear it at the same place."""
+        return self.ranks.any(self.stop.requested)[0]
 
     def train(self) -> RunResult:
         """All epochs that are left."""
-        while self.epoch < self.config.train.epochs and not self.stop.requested:
+        while self.epoch < self.config.train.epochs and not self._stopping():
             self._train_epoch()
-            if not self.stop.requested:
+            if not self._stopping():
                 self._finish_epoch()
         interrupted = self.epoch < self.config.train.epochs
         if interrupted:
@@ -219,25 +250,27 @@ class Run:
                 self._check_finite()
             if logged:
                 rate = (self.step - counted) * train.batch_size / (time.monotonic() - clock)
-                self._log_step(float(loss), rate)
+                self.ranks.first(partial(self._log_step, loss, rate))
                 clock, counted = time.monotonic(), self.step
-            if self.stop.requested:
+            overdue = time.monotonic() - self.saved_at > 60 * train.checkpoint_minutes
+            stopping, overdue = self.ranks.any(self.stop.requested, overdue)
+            if stopping:
                 return
-            if time.monotonic() - self.saved_at > 60 * train.checkpoint_minutes:
+            if overdue:
                 self._save_last()
 
-    def _log_step(self, loss: float, images_per_second: float) -> None:
+    def _log_step(self, loss: Tensor, images_per_second: float) -> None:
         self.log.row(
             "train",
             self.step,
             self.epoch,
-            loss=loss,
+            loss=float(loss),
             lr=self.config.train.lr,
             k=int(self.model.wld.k),
             memory=self.model.memory_phase,
             images_per_second=round(images_per_second, 2),
         )
-        self.log.note(loss=f"{loss:.4g}", images_per_second=f"{images_per_second:.1f}")
+        self.log.note(loss=f"{float(loss):.4g}", images_per_second=f"{images_per_second:.1f}")
 
     def _finish_epoch(self) -> None:
         """Validate, log, save. Until validation is over nothing changes, so an interrupted one is simply repeated."""
@@ -246,36 +279,60 @@ class Run:
         last = self.epoch + 1 == train.epochs
         due = self.epoch >= train.validate_from and (self.epoch - train.validate_from) % train.validate_every == 0
         dice = self._validate() if self.validation is not None and (due or last) else None
-        if self.stop.requested:
+        if self._stopping():
             return
         mean_loss = self.take_step.loss_sum / self.batch
         if train.wld_every == "epoch" and self.epoch >= train.wld_from:
             self.model.wld.step(mean_loss)
-        self.log.row("epoch", self.step, self.epoch, mean_loss=float(mean_loss))
-        text = f"epoch {self.epoch}: step {self.step}, mean loss {float(mean_loss):.4f}"
+        improved = dice is not None and not math.isnan(dice) and (self.best is None or dice > self.best)
+        self.best = dice if improved else self.best
+        self.ranks.first(lambda: self._log_epoch(float(mean_loss), dice))
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.take_step.loss_sum.zero_()
+        self.ranks.first(lambda: self._keep_weights(improved))
+        self._save_last()
+        if dice is not None:
+            self.ranks.first(self._draw)
+
+    def _log_epoch(self, mean_loss: float, dice: float | None) -> None:
+        self.log.row("epoch", self.step, self.epoch, mean_loss=mean_loss)
+        text = f"epoch {self.epoch}: step {self.step}, mean loss {mean_loss:.4f}"
         if dice is not None:
             self.log.row("validation", self.step, self.epoch, dice=dice)
             text += f", validation Dice {dice:.4f}"
         self.log.say(text)
-        self.epoch, self.batch = self.epoch + 1, 0
-        self.take_step.loss_sum.zero_()
-        if dice is not None and not math.isnan(dice) and (self.best is None or dice > self.best):
-            self.best = dice
+
+    def _keep_weights(self, improved: bool) -> None:
+        every = self.config.train.keep_every
+        if improved:
             save_weights(self.folder / "best.safetensors", self.model, self._metadata())
-        if train.keep_every and self.epoch % train.keep_every == 0:
+        if every and self.epoch % every == 0:
             save_weights(self.folder / f"epoch_{self.epoch:03d}.safetensors", self.model, self._metadata())
-        self._save_last()
-        if dice is not None:
-            self.pictures.draw(self.model, self.log.path, train.precision, title=f"epoch {self.epoch - 1}")
+
+    def _draw(self) -> None:
+        self.pictures.draw(self.model, self.log.path, self.config.train.precision, title=f"epoch {self.epoch - 1}")
 
     def _validate(self) -> float | None:
-        """Mean foreground Dice of the validation slices; None if a signal came. Training flags are restored."""
-        train = self.config.train
+        """Mean foreground Dice of the validation cases, shared by the ranks, NaN if none has foreground.
+
+        None if a signal came. Training flags are restored.
+        """
+        dices: list[float] | None = None
         with self.stop.at_once():
-            return slice_dice(
-                self.model, self.cache, "validation", batch_size=train.batch_size, precision=train.precision
+            dices = case_dice(
+                self.model,
+                self.cache,
+                "validation",
+                batch_size=self.share,
+                precision=self.config.train.precision,
+                rank=self.ranks.rank,
+                ranks=self.ranks.size,
             )
-        return None
+        shares = self.ranks.everyone(dices)
+        if any(share is None for share in shares):
+            return None
+        found = [dice for share in shares for dice in share]
+        return float(np.mean(found)) if found else math.nan
 
     def _check_finite(self) -> None:
         bad = self.take_step.guard.read()
@@ -294,6 +351,10 @@ class Run:
 
     def _save_last(self) -> None:
         self._check_finite()
+        self.ranks.first(self._write_last)
+        self.saved_at = time.monotonic()
+
+    def _write_last(self) -> None:
         state = TrainingState(
             step=self.step,
             epoch=self.epoch,
@@ -305,4 +366,3 @@ class Run:
             rng=rng.capture(),
         )
         save_last(self.folder, self.model, self._metadata(), state)
-        self.saved_at = time.monotonic()

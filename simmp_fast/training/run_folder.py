@@ -36,6 +36,7 @@ import yaml
 
 from simmp_fast.config import Config, ConfigError, from_mapping, read_yaml, to_mapping
 from simmp_fast.data.files import atomic_file, disk_errors, write_json
+from simmp_fast.ranks import ALONE, Ranks
 
 # Settings that change neither the weights nor the meaning of the rows already written, so a resumed run may differ.
 FREE_KEYS = frozenset(
@@ -104,6 +105,7 @@ class RunFolder:
         config: the resolved configuration.
         records: plain contents by file name (`data.json`, `splits.json`) that a resumed run must share.
         resume: continue the run that is in the folder.
+        ranks: the processes of the run; the first alone touches the folder, and all raise what it finds.
 
     Raises:
         ConfigError: the folder is in use; it exists and `resume` is not set; there is nothing to resume; or the saved
@@ -111,12 +113,22 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: str | Path, config: Config, records: Mapping[str, Mapping[str, Any]], *, resume: bool = False
+        self,
+        path: str | Path,
+        config: Config,
+        records: Mapping[str, Mapping[str, Any]],
+        *,
+        resume: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.path = Path(path)
+        self._config, self._records, self._ranks = config, records, ranks
+        self._lock: FolderLock | None = None
+        ranks.first(lambda: self._claim(resume))
+
+    def _claim(self, resume: bool) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path}: got a file, expected a folder")
-        self._config, self._records = config, records
         self._check_occupied(resume)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -126,7 +138,7 @@ class RunFolder:
         try:
             self._check_occupied(resume)  # once more: another run may have come and gone before the lock was taken
             if resume:
-                self._check_same(config, records)
+                self._check_same(self._config, self._records)
             for leftover in self._leftovers():
                 leftover.unlink()
         except BaseException:
@@ -139,6 +151,9 @@ class RunFolder:
         Raises:
             DataError: the disk is full.
         """
+        self._ranks.first(self._write_records)
+
+    def _write_records(self) -> None:
         with disk_errors(self.path):
             write_json(self.path / "environment.json", environment())
             for name, content in self._records.items():
@@ -180,7 +195,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Release the folder."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> Self:
         return self

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simmp_fast import ops
 from simmp_fast.config import TrainConfig
+from simmp_fast.parallel.powerset_loss import powerset_loss
+from simmp_fast.ranks import ALONE, Ranks
+from simmp_fast.training.distributed import gradients_across
 from simmp_fast.training.replay import CudaRecorder, Recorder, Replays
 
 
@@ -81,12 +83,16 @@ class TrainStep:
 
     Whatever runs on the device stands in one method without any host state, so that it can be replayed.
 
+    On several ranks each takes its share of the batch; loss and gradients are of the whole batch, so all ranks take
+    the same step, and the guard freezes them together.
+
     Args:
         model: the network, on `device`, in training mode; `config.channels_last` changes the layout of its weights.
         optimizer: of `make_optimizer`.
         config: the recipe.
         device: where to train.
         recorder: how to capture the step; by default CUDA graphs where `config.cuda_graph` asks for them.
+        ranks: the processes that train together.
 
     Attributes:
         guard: the flag of the first bad step.
@@ -100,6 +106,7 @@ class TrainStep:
         config: TrainConfig,
         device: torch.device,
         recorder: Recorder | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -113,6 +120,7 @@ class TrainStep:
         self.memory_format = torch.channels_last if config.channels_last else torch.preserve_format
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
+        self.ranks, self.forward = ranks, gradients_across(model, device, ranks)
         self._loss = torch.compile(self._plain_loss, dynamic=False) if config.compile else self._plain_loss
         self._number = torch.zeros((), dtype=torch.int64, device=device)
         self._batch: tuple[Tensor, Tensor] | None = None
@@ -159,13 +167,14 @@ class TrainStep:
 
     def _plain_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            heads = self.model(images, native_heads=True)
-            return ops.powerset_loss(
+            heads = self.forward(images, native_heads=True)
+            return powerset_loss(
                 heads,
                 labels,
                 ce_weight=self.config.ce_weight,
                 dice_weight=self.config.dice_weight,
                 backend=self.config.backend,
+                ranks=self.ranks,
             )
 
     def _on_device(self, images: Tensor, labels: Tensor, wld: bool) -> Tensor:

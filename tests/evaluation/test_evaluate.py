@@ -15,7 +15,7 @@ from stand_ins import AFFINE, SIDE, LevelModel, make_cache
 from simmp_fast.data.cache import Cache
 from simmp_fast.data.errors import DataError
 from simmp_fast.data.preprocess import Geometry, Recipe
-from simmp_fast.evaluation.evaluate import evaluate, slice_dice
+from simmp_fast.evaluation.evaluate import case_dice, evaluate
 from simmp_fast.evaluation.metrics import measure
 from simmp_fast.evaluation.report import Evaluation
 
@@ -53,7 +53,7 @@ def test_means_are_over_classes_then_cases(model: LevelModel, cache: Cache) -> N
 @pytest.mark.parametrize("batch_size", [1, 2, 20])
 def test_batch_size_does_not_matter(model: LevelModel, cache: Cache, batch_size: int) -> None:
     assert evaluate(model, cache, "test", batch_size=batch_size) == evaluate(model, cache, "test", batch_size=4)
-    assert slice_dice(model, cache, "test", batch_size=batch_size) == slice_dice(model, cache, "test", batch_size=4)
+    assert case_dice(model, cache, "test", batch_size=batch_size) == case_dice(model, cache, "test", batch_size=4)
 
 
 def test_training_mode_and_state_stay(model: LevelModel, cache: Cache) -> None:
@@ -61,7 +61,7 @@ def test_training_mode_and_state_stay(model: LevelModel, cache: Cache) -> None:
     model.norm.eval()
     before = copy.deepcopy(model.state_dict())
     evaluate(model, cache, "test")
-    slice_dice(model, cache, "test")
+    case_dice(model, cache, "test")
     with pytest.raises(DataError, match="classes"):
         evaluate(LevelModel(4), cache, "test")
     assert model.training
@@ -70,13 +70,15 @@ def test_training_mode_and_state_stay(model: LevelModel, cache: Cache) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_slice_dice_definition(model: LevelModel, cache: Cache) -> None:
+def test_case_dice_definition(model: LevelModel, cache: Cache) -> None:
     means = []
     for name in cache.splits["test"]:
         case = cache.case(name)
         prediction = np.rint(np.asarray(case.images)[:, 0] / 127.5)
         means.append(np.mean([measure(prediction == k, case.labels == k).dice for k in (1, 2)]))
-    assert slice_dice(model, cache, "test") == pytest.approx(np.mean(means))
+    assert case_dice(model, cache, "test") == pytest.approx(means)
+    shares = [case_dice(model, cache, "test", rank=rank, ranks=2) for rank in range(2)]
+    assert shares == [pytest.approx(means[::2]), pytest.approx(means[1::2])]
 
 
 @pytest.fixture
@@ -104,7 +106,7 @@ def test_strict_leaves_out_and_counts(model: LevelModel, partial: Cache) -> None
     assert (result.undefined_distances, result.absent) == (1, 3)
     assert "1 have no distance" in result.table()
     assert "3 are in neither" in result.table()
-    assert slice_dice(model, partial, "test") == 0.75
+    assert case_dice(model, partial, "test") == [1.0, 0.5]
 
 
 def test_published_scores_every_pair(model: LevelModel, partial: Cache) -> None:
@@ -113,11 +115,12 @@ def test_published_scores_every_pair(model: LevelModel, partial: Cache) -> None:
     assert (result.undefined_distances, result.absent) == (0, 0)
 
 
-def test_slice_dice_of_nothing(model: LevelModel, recipe: Recipe, tmp_path: Path) -> None:
+def test_case_dice_of_nothing(model: LevelModel, recipe: Recipe, tmp_path: Path) -> None:
     blank = np.zeros((1, SIDE, SIDE), np.uint8)
     images = np.zeros((1, 1, SIDE, SIDE), np.float32)
     cache = make_cache(tmp_path / "blank", recipe, {"blank": (images, blank, Geometry(blank.shape))})
-    assert np.isnan(slice_dice(model, cache, "test"))
+    assert case_dice(model, cache, "test") == []
+    assert case_dice(model, cache, "test", rank=1, ranks=2) == []
 
 
 def test_unknown_and_empty_splits(model: LevelModel, cache: Cache) -> None:

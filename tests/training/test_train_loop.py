@@ -88,7 +88,7 @@ def test_two_runs_are_the_same(cache, tmp_path):
 
 def test_validation_schedule_and_training_mode(cache, tmp_path, monkeypatch):
     modes, validated = [], []
-    plain_step, plain_dice = loop.TrainStep.__call__, loop.slice_dice
+    plain_step, plain_dice = loop.TrainStep.__call__, loop.case_dice
 
     def step(self, *arguments, **keywords):
         modes.append(all(module.training for module in self.model.modules()))
@@ -99,7 +99,7 @@ def test_validation_schedule_and_training_mode(cache, tmp_path, monkeypatch):
         return plain_dice(model, *arguments, **keywords)
 
     monkeypatch.setattr(loop.TrainStep, "__call__", step)
-    monkeypatch.setattr(loop, "slice_dice", dice)
+    monkeypatch.setattr(loop, "case_dice", dice)
     train(tiny_config(epochs=6, validate_from=1, validate_every=3), cache, tmp_path / "run", device="cpu")
     assert validated == [1, 4, 5]  # from 1 on every third, and the last
     assert modes == [True] * (6 * STEPS)
@@ -110,9 +110,9 @@ def test_running_statistics_go_on_after_validation(cache, tmp_path, monkeypatch)
 
     def forgetful(model, *_, **__):
         counts.append(int(model.eval().backbone[1].num_batches_tracked))
-        return 0.5
+        return [0.5]
 
-    monkeypatch.setattr(loop, "slice_dice", forgetful)
+    monkeypatch.setattr(loop, "case_dice", forgetful)
     train(tiny_config(), cache, tmp_path / "run", device="cpu")
     assert counts == [STEPS, 2 * STEPS, 3 * STEPS]
 
@@ -132,8 +132,8 @@ def test_wld_starts_at_its_epoch(cache, tmp_path, monkeypatch, every, kind, name
 
 
 def test_best_ignores_an_undefined_dice(cache, tmp_path, monkeypatch):
-    dices = iter([math.nan, 0.25, 0.125])
-    monkeypatch.setattr(loop, "slice_dice", lambda *_, **__: next(dices))
+    dices = iter([[], [0.25], [0.125]])
+    monkeypatch.setattr(loop, "case_dice", lambda *_, **__: next(dices))
     result = train(tiny_config(), cache, tmp_path / "run", device="cpu")
     assert result.best == 0.25
     assert read_weights(tmp_path / "run" / "best.safetensors")[1].epoch == 2

@@ -54,7 +54,7 @@ def test_a_crash_at_any_step(cache, tmp_path, monkeypatch, straight, step, minut
     assert_equal_runs(run, straight)
 
 
-@pytest.mark.parametrize("where", ["slice_dice", "save_weights", "save_last"])
+@pytest.mark.parametrize("where", ["case_dice", "save_weights", "save_last"])
 @pytest.mark.parametrize("epoch", [0, 2])
 def test_a_crash_at_the_end_of_an_epoch(cache, tmp_path, monkeypatch, straight, where, epoch):
     run = tmp_path / "run"
@@ -126,7 +126,7 @@ def test_a_signal_ends_validation_at_once(cache, tmp_path, monkeypatch, straight
 
     start = time.monotonic()
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "slice_dice", long_validation)
+        patch.setattr(loop, "case_dice", long_validation)
         result = train(tiny_config(), cache, run, device="cpu")
     assert time.monotonic() - start < 30
     assert (result.interrupted, result.step, result.epoch) == (True, STEPS, 0)

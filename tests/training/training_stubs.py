@@ -30,6 +30,7 @@ class TinyModel(nn.Module):
     """Four heads of a small convolution, with dropout, batch norm, a memory and W-LD."""
 
     memory: Tensor
+    dropout = 0.2
 
     def __init__(self, config: Any, backend: str = "auto") -> None:
         super().__init__()
@@ -44,7 +45,7 @@ class TinyModel(nn.Module):
     memory_phase = "structured"
 
     def forward(self, image: Tensor, *, native_heads: bool = False) -> list[Tensor]:
-        x = nn.functional.dropout(self.backbone(image), 0.2, self.training)
+        x = nn.functional.dropout(self.backbone(image), self.dropout, self.training)
         if self.training and torch.is_grad_enabled():
             self._offered = x.detach().mean((0, 2, 3))
         pooled = [nn.functional.avg_pool2d(x, s) if native_heads and s > 1 else x for s in (8, 4, 2, 1)]

@@ -82,13 +82,16 @@ def _forward(
 
     `subset_weight`, ``[2^heads - 1]`` float32 or None for ones, weighs the subsets in the order of their bit masks.
     """
-    check_launchable(**{f"heads[{i}]": head.detach() for i, head in enumerate(heads)})
-    count, classes = len(heads), heads[0].shape[1]
-    subsets = (1 << count) - 1
-    device = label.device
     if label.numel() == 0:
-        loss = torch.zeros((), dtype=torch.float32, device=device)
-        return loss, loss.new_zeros((subsets, 2 * classes + 1))
+        loss = torch.zeros((), dtype=torch.float32, device=label.device)
+        return loss, loss.new_zeros(((1 << len(heads)) - 1, 2 * heads[0].shape[1] + 1))
+    return _terms(_tile_sums(heads, label), label.numel(), ce_weight, dice_weight, smooth, subset_weight)
+
+
+def _tile_sums(heads: Sequence[Tensor], label: Tensor) -> Tensor:
+    """``[2^heads, tiles, 2 classes + 1]``, the sums over each tile of pixels."""
+    check_launchable(**{f"heads[{i}]": head.detach() for i, head in enumerate(heads)})
+    count, classes, device = len(heads), heads[0].shape[1], label.device
     height, width = label.shape[1:]
     block_k = padded_classes(classes)
     config = pick("powerset_loss_sums", "float32", count * block_k, device)
@@ -99,14 +102,36 @@ def _forward(
         height, width, *label.stride(), HEADS=count, SAME=same_grid(_grids(heads), (height, width)),
         CLASSES=classes, BLOCK_K=block_k,
     )  # fmt: skip
-    terms = partials.new_empty(subsets)
-    coefficients = partials.new_empty((subsets, 2 * classes + 1))
+    return partials
+
+
+def _terms(
+    partials: Tensor, pixels: int, ce_weight: float, dice_weight: float, smooth: float, subset_weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The loss and the coefficients of its gradient from the sums over tiles that hold `pixels`."""
+    subsets, tiles, width = partials.shape[0] - 1, *partials.shape[1:]
+    classes, device = width // 2, partials.device
+    terms, coefficients = partials.new_empty(subsets), partials.new_empty((subsets, width))
     launch(
         KERNELS["powerset_loss_terms"], (subsets,), pick("powerset_loss_terms", "float32", 1, device), device,
-        partials, subset_weight, terms, coefficients, tiles, float(label.numel()), ce_weight, dice_weight, smooth,
-        WEIGHTED=subset_weight is not None, CLASSES=classes, BLOCK_K=block_k,
+        partials, subset_weight, terms, coefficients, tiles, float(pixels), ce_weight, dice_weight, smooth,
+        WEIGHTED=subset_weight is not None, CLASSES=classes, BLOCK_K=padded_classes(classes),
     )  # fmt: skip
     return terms.sum(), coefficients
+
+
+def powerset_sums(heads: Sequence[Tensor], label: Tensor) -> Tensor:
+    """``[2^heads, 2 classes + 1]``: what the loss needs of all pixels; sums of several batches add up."""
+    sums = _tile_sums(heads, label).sum(1)
+    sums[0, heads[0].shape[1] :] = 0  # never written
+    return sums
+
+
+def powerset_terms(
+    sums: Tensor, pixels: int, ce_weight: float, dice_weight: float, smooth: float
+) -> tuple[Tensor, Tensor]:
+    """The loss from the sums over `pixels`, and the coefficients of its gradient."""
+    return _terms(sums.unsqueeze(1), pixels, ce_weight, dice_weight, smooth, None)
 
 
 def _backward_fake(upstream: Tensor, heads: Sequence[Tensor], label: Tensor, coefficients: Tensor) -> list[Tensor]:
@@ -114,7 +139,7 @@ def _backward_fake(upstream: Tensor, heads: Sequence[Tensor], label: Tensor, coe
 
 
 @operator("powerset_loss_backward", _backward_fake)
-def _backward(upstream: Tensor, heads: Sequence[Tensor], label: Tensor, coefficients: Tensor) -> list[Tensor]:
+def powerset_gradients(upstream: Tensor, heads: Sequence[Tensor], label: Tensor, coefficients: Tensor) -> list[Tensor]:
     if label.numel() == 0:
         return [torch.zeros(head.shape, dtype=head.dtype, device=head.device) for head in heads]
     gradients = _backward_fake(upstream, heads, label, coefficients)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from simmp_fast import kernels, reference
 from simmp_fast.kernels.powerset_loss.geometry import most_cells, most_tiles
+from simmp_fast.kernels.powerset_loss.operators import powerset_gradients, powerset_sums, powerset_terms
 
 OPS = torch.ops.simmp_fast
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
@@ -120,6 +121,22 @@ def test_subset_weights() -> None:
     got = OPS.powerset_loss_backward(torch.ones(()), whole, label, coefficients)
     for gradient, right in zip(got, torch.autograd.grad(expected, full), strict=True):
         assert relative_error(gradient, right) < 1e-5
+
+
+def test_the_parts_of_the_loss() -> None:
+    """Sums of two batches add up to those of both, from which each batch gets its share of the gradient."""
+    made, label = heads(False)
+    loss, coefficients = OPS.powerset_loss(made, label, 0.3, 0.7, 1e-5)
+    halves = [([head[i : i + 1] for head in made], label[i : i + 1]) for i in range(2)]
+    sums = torch.stack([powerset_sums(*half) for half in halves]).sum(0)
+    assert sums.isfinite().all()
+    found, slopes = powerset_terms(sums, label.numel(), 0.3, 0.7, 1e-5)
+    assert relative_error(found, loss) < 1e-6
+    assert relative_error(slopes, coefficients) < 1e-6
+    whole = OPS.powerset_loss_backward(torch.ones(()), made, label, coefficients)
+    shares = [powerset_gradients(torch.ones(()), *half, slopes) for half in halves]
+    for gradient, *parts in zip(whole, *shares, strict=True):
+        assert relative_error(torch.cat(parts), gradient) < 1e-5
 
 
 def test_equal_inputs_give_equal_bits() -> None:

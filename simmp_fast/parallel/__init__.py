@@ -1,0 +1,1 @@
+"""What a training step computes over the batches of several ranks; for one rank, the plain operators."""

@@ -10,6 +10,15 @@ from torch import Tensor
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+@torch.compiler.assume_constant_result
+def has_autocast(kind: str) -> bool:
+    """Whether autocast knows this kind of device: the meta device, for one, it does not.
+
+    A constant to `torch.compile`, whose tracer cannot follow the question in PyTorch 2.11.
+    """
+    return torch.amp.is_autocast_available(kind)
+
+
 def _shape_text(sizes: Sequence[int | str]) -> str:
     return "[" + ", ".join(str(s) for s in sizes) + "]"
 

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import os
+from types import ModuleType
+
+import pytest
 
 # The tensors of the tests are small: on a busy machine two threads wait for each other longer than they compute, and
 # results that do not depend on the number of cores can be compared between machines. Child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# cuBLAS is deterministic with a fixed workspace alone, and has to know before its first product.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@pytest.fixture
+def nibabel() -> ModuleType:
+    """nibabel; where it is not installed, a test that reads or writes NIfTI files skips itself."""
+    return pytest.importorskip("nibabel", reason="NIfTI files need nibabel")

@@ -1,7 +1,7 @@
 """Data sets: read, check, prepare, load."""
 
 from simmp_fast.data.cache import Cache, Case
-from simmp_fast.data.demo import demo_volume
+from simmp_fast.data.demo import demo_slice, demo_volume
 from simmp_fast.data.errors import DataError
 from simmp_fast.data.loader import slice_loader
 from simmp_fast.data.prepare import prepare
@@ -15,6 +15,7 @@ __all__ = [
     "Geometry",
     "Intensity",
     "Recipe",
+    "demo_slice",
     "demo_volume",
     "open_source",
     "prepare",

@@ -15,8 +15,11 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+from simmp_fast.data.cache import Cache
 from simmp_fast.data.errors import DataError
+from simmp_fast.data.files import atomic_file, disk_errors
 from simmp_fast.data.formats import Array, Volume, read_image, write_nifti
 from simmp_fast.data.preprocess import Intensity, Recipe
 from simmp_fast.data.sources import SourceCase
@@ -68,11 +71,28 @@ def demo_volume(path: str | Path, case_id: str = "test") -> None:
     write_nifti(path, image.array, image.affine)
 
 
+def demo_slice(path: str | Path, cache: Cache) -> None:
+    """Write the middle slice of the held-out test slab as an 8-bit PNG picture, at the cache's own size.
+
+    Unlike `demo_volume` it needs the cache alone, neither nilearn nor nibabel.
+
+    Raises:
+        DataError: the cache holds no test slab, or the file cannot be written.
+    """
+    case = cache.case(SPLITS["test"][0])
+    picture = Image.fromarray(np.rint(case.image(case.slices // 2)[0] * 255).astype(np.uint8))
+    with disk_errors(path), atomic_file(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
 def _file(tissue: str) -> Path:
     # Found without importing nilearn, which takes seconds.
     package = importlib.util.find_spec("nilearn")
     if package is None or package.origin is None:
-        raise DataError("demo: needs the template that comes with nilearn: pip install nilearn")
+        raise DataError(
+            "demo: needs the template that comes with nilearn: pip install nilearn; or, from a cache that "
+            "'simmp-fast prepare demo' wrote on another machine: simmp-fast demo --cache DIR"
+        )
     name = f"mni_icbm152_{tissue}_tal_nlin_sym_09a_converted.nii.gz"
     return Path(package.origin).parent / "datasets" / "data" / name
 

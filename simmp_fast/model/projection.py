@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..validation import has_autocast
+
 
 class _JointProduct(torch.autograd.Function):
     """One product by trained and frozen weights together; backward is the product of the trained ones alone.
@@ -34,7 +36,7 @@ class _JointProduct(torch.autograd.Function):
 def product_dtype(tokens: Tensor) -> torch.dtype:
     """The dtype in which a layer multiplies `tokens`: that of autocast where it is on, else their own."""
     kind = tokens.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if has_autocast(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return tokens.dtype
 

@@ -43,5 +43,6 @@ class UpdateWidth(nn.Module):
         inside = (proposed >= self.slots / 4) & (proposed <= 3 * self.slots / 4)
         wanted = torch.where(inside, proposed.clamp_min(1), self.start).to(torch.int64)
         self.k.copy_(torch.where(finite & self.seen, wanted, self.k))
-        self.previous.copy_(torch.where(finite, loss, self.previous))
+        # Through a view: compiled by PyTorch 2.11, a write into a 0-d float64 tensor of a CPU itself is lost.
+        self.previous[...] = torch.where(finite, loss, self.previous)
         self.seen.logical_or_(finite)

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from ..validation import has_autocast
+
 LOG2_E = 1 / math.log(2)
 
 
@@ -19,13 +21,13 @@ def at_least_float32(x: Tensor) -> Tensor:
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A context in which products keep the dtype of their operands, also under autocast."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if has_autocast(kind) else nullcontext()
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a product of `x` is taken: that of autocast where it is on and `x` is not float64."""
     kind = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if x.dtype != torch.float64 and has_autocast(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return x.dtype
 

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from ..validation import has_autocast
+
 
 def at_least_float32(x: Tensor) -> Tensor:
     """`x` in float32, or in float64 where it is float64 already."""
@@ -21,4 +23,4 @@ def softmax_rows(scores: Tensor) -> Tensor:
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A context in which products keep the dtype of their operands, also under autocast."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if has_autocast(kind) else nullcontext()

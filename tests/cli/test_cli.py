@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 
-import nibabel
 import numpy as np
 import pytest
 import torch
@@ -92,11 +92,14 @@ def test_evaluate(place: Path, capsys: pytest.CaptureFixture[str], protocol: str
     assert (place / "run" / "evaluation" / f"test_{protocol}.csv").is_file()
 
 
-def test_predict_a_picture_and_a_volume(place: Path, tmp_path: Path) -> None:
+def test_predict_a_picture(place: Path, tmp_path: Path) -> None:
     picture = tmp_path / "labels.png"
     arguments = ["predict", str(place / "run"), str(place / "images" / "0.png"), "--out", str(picture)]
     assert main([*arguments, "--device", "cpu"]) == 0
     assert np.asarray(Image.open(picture)).shape == (50, 70)
+
+
+def test_predict_a_volume(place: Path, tmp_path: Path, nibabel: ModuleType) -> None:
     affine = np.array([[0.0, 2, 0, 1], [-1.5, 0, 0, 2], [0, 0, 3, 3], [0, 0, 0, 1]])
     volume = np.random.default_rng(1).integers(0, 255, (20, 30, 4), dtype=np.uint8)
     nibabel.save(nibabel.Nifti1Image(volume, affine), tmp_path / "head.nii.gz")

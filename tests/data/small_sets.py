@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import nibabel
 import numpy as np
+import pytest
 import yaml
 from PIL import Image
 
@@ -13,6 +13,7 @@ AFFINE = np.array([[2.0, 0, 0, -10], [0, 1.5, 0, 20], [0, 0, 3, 5], [0, 0, 0, 1]
 
 
 def write_volume(path: Path, array: np.ndarray, affine: np.ndarray = AFFINE) -> None:
+    nibabel = pytest.importorskip("nibabel", reason="NIfTI files need nibabel")
     path.parent.mkdir(parents=True, exist_ok=True)
     nibabel.save(nibabel.Nifti1Image(array, affine), path)
 

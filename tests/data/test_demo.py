@@ -3,6 +3,8 @@ import itertools
 
 import numpy as np
 import pytest
+from PIL import Image
+from small_demo import demo_cache, needs_template
 
 from simmp_fast.data import demo
 from simmp_fast.data.errors import DataError
@@ -19,6 +21,7 @@ def test_slabs_are_apart_and_of_the_size_that_is_told():
     assert sorted(itertools.chain(*demo.SPLITS.values())) == sorted(demo.SLABS)
 
 
+@needs_template
 def test_labels_and_place_of_every_slab():
     source = demo.DemoSource()
     template = read_image(demo._file("t1"))
@@ -37,6 +40,7 @@ def test_labels_and_place_of_every_slab():
     assert len(source.recipe(128).classes) == 4
 
 
+@needs_template
 def test_white_matter_is_brighter_than_grey_and_grey_than_the_rest():
     for case in demo.DemoSource().cases:
         image, label = case.load()
@@ -44,6 +48,7 @@ def test_white_matter_is_brighter_than_grey_and_grey_than_the_rest():
         assert other < grey < white
 
 
+@needs_template
 def test_demo_volume_is_a_nifti_file_in_its_place(tmp_path):
     demo.demo_volume(tmp_path / "test.nii.gz")
     volume = read_image(tmp_path / "test.nii.gz")
@@ -54,5 +59,14 @@ def test_demo_volume_is_a_nifti_file_in_its_place(tmp_path):
 
 def test_without_nilearn(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match="pip install nilearn"):
+    with pytest.raises(DataError, match="pip install nilearn; or, from a cache .* simmp-fast demo --cache DIR"):
         demo.DemoSource()
+
+
+def test_demo_slice_is_the_middle_of_the_test_slab(tmp_path, names):
+    cache = demo_cache(tmp_path / "cache")
+    demo.demo_slice(tmp_path / "out" / "slice.png", cache)
+    with Image.open(tmp_path / "out" / "slice.png") as picture:
+        assert picture.mode == "L"
+        assert np.array_equal(picture, cache.case("test").images[2, 0])
+    assert names(tmp_path / "out") == ["slice.png"]

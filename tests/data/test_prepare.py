@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import yaml
+from small_demo import needs_template
 from small_sets import write_picture, write_volume, write_yaml
 
 from simmp_fast.data import cache as cache_module
@@ -177,6 +178,7 @@ def test_silent_where_standard_error_is_no_terminal(volumes, tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+@needs_template
 def test_demo(tmp_path):
     cache = prepare_function(open_source("demo"), tmp_path / "out", 64)
     assert cache.images.dtype == np.uint8

@@ -1,9 +1,7 @@
 import itertools
 
-import nibabel
 import numpy as np
 import pytest
-from nibabel.orientations import apply_orientation, inv_ornt_aff
 from scipy import ndimage
 from small_sets import AFFINE
 
@@ -38,7 +36,7 @@ def volume(array, affine=None, colour=False):
 
 @pytest.mark.parametrize("slice_axis", SLICE_AXES)
 @pytest.mark.parametrize("oblique", [False, True])
-def test_every_axis_order_and_direction_gives_the_same_slices(slice_axis, oblique):
+def test_every_axis_order_and_direction_gives_the_same_slices(nibabel, slice_axis, oblique):
     """48 copies of one volume, with the affine that keeps every voxel where it is in space."""
     affine = AFFINE.copy()
     if oblique:
@@ -48,8 +46,8 @@ def test_every_axis_order_and_direction_gives_the_same_slices(slice_axis, obliqu
     placed = geometry(volume(VOXELS, affine), slice_axis)
     expected = to_slices(VOXELS, placed)
     for order in ALL_ORDERS:
-        copy = apply_orientation(VOXELS, order)
-        copy_affine = affine @ inv_ornt_aff(order, VOXELS.shape)
+        copy = nibabel.orientations.apply_orientation(VOXELS, order)
+        copy_affine = affine @ nibabel.orientations.inv_ornt_aff(order, VOXELS.shape)
         copy_placed = geometry(volume(copy, copy_affine), slice_axis)
         slices = to_slices(copy, copy_placed)
         assert np.array_equal(slices, expected)
@@ -58,7 +56,7 @@ def test_every_axis_order_and_direction_gives_the_same_slices(slice_axis, obliqu
         assert np.array_equal(from_slices(slices, copy_placed), copy)
 
 
-def test_slices_are_shown_as_radiologists_see_them():
+def test_slices_are_shown_as_radiologists_see_them(nibabel):
     """Rows of an axial slice go from front to back, columns from the patient's right to left."""
     array = np.zeros((4, 5, 6), np.int16)
     array[3, 4, 0] = 1  # rightmost, foremost, lowest (the affine grows to the right, to the front and up)
@@ -86,6 +84,7 @@ def test_from_slices_refuses_another_shape():
         from_slices(np.zeros((2, 3, 4)), Geometry((3, 4)))
 
 
+@pytest.mark.usefixtures("nibabel")
 def test_geometry_survives_json():
     placed = geometry(volume(VOXELS, AFFINE), "coronal")
     assert from_mapping(Geometry, to_mapping(placed)) == placed
@@ -142,6 +141,7 @@ def recipe(**keys):
     return Recipe(**{"name": "x", "classes": ("a", "b"), "channels": 1, "image_size": 16} | keys)
 
 
+@pytest.mark.usefixtures("nibabel")
 def test_network_input():
     window = Intensity("window", 0, 1000)
     images, placed = network_input(volume(VOXELS, AFFINE), recipe(intensity=window))

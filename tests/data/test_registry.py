@@ -1,4 +1,5 @@
 import pytest
+from small_demo import needs_template
 
 from simmp_fast.config import PRESETS, ConfigError
 from simmp_fast.data import open_source
@@ -7,6 +8,7 @@ from simmp_fast.data.folder import FolderSource
 from simmp_fast.data.registry import DOWNLOADS
 
 
+@needs_template
 def test_names_and_files(volumes):
     assert isinstance(open_source("demo"), DemoSource)
     assert isinstance(open_source(volumes), FolderSource)

@@ -25,7 +25,7 @@ class LevelModel(nn.Module):
     def __init__(self, classes: int = 3) -> None:
         super().__init__()
         self.levels = nn.Parameter(torch.linspace(0, 1, classes))
-        self.norm = nn.BatchNorm2d(1, eps=0.0, affine=False)
+        self.norm = nn.BatchNorm2d(1, eps=1e-12, affine=False)
         self.drop = nn.Dropout(0.5)
         self.calls: Tensor
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))

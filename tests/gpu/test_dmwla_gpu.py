@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from dmwla_cases import OPERATORS, register
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is present"),
+    pytest.mark.usefixtures("fresh_memory_is_nan"),
+    pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation:UserWarning"),
 ]
 pytest.importorskip("triton")
 register()
@@ -31,13 +33,6 @@ BLOCKS = [
     (49, 128, 128, 10), (196, 128, 128, 10), (784, 128, 128, 10), (3136, 96, 128, 10),
 ]  # fmt: skip
 SHAPES = sorted(set(BLOCKS))
-
-
-@pytest.fixture(autouse=True)
-def fresh_memory_is_nan() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from dsgim_cases import register
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is present"),
+    pytest.mark.usefixtures("fresh_memory_is_nan"),
+    pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation:UserWarning"),
 ]
 pytest.importorskip("triton")
 register()
@@ -25,13 +26,6 @@ register()
 OPERATORS = ("window_similarity", "decay_weights", "split_threshold", "split_attention", "powerset_loss")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEADS = (7, 14, 28, 56)  # the network's four heads at 224x224
-
-
-@pytest.fixture(autouse=True)
-def fresh_memory_is_nan() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -181,7 +175,7 @@ def test_second_device(kernels: Any) -> None:
 
 
 def test_no_host_sync(kernels: Any) -> None:
-    parts, (made, label) = tokens(1050, 64, torch.bfloat16), logits(torch.bfloat16)
+    parts, (made, label) = tokens(1078, 64, torch.bfloat16), logits(torch.bfloat16)
     results(kernels, parts, made, label)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -134,6 +134,15 @@ def test_a_signal_ends_validation_at_once(cache, tmp_path, monkeypatch, straight
     assert_equal_runs(run, straight)
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as Python has it: a shell lets jobs in the background ignore it, and Python then leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_acts_at_once(cache, tmp_path, monkeypatch, stub):
     def twice(self, *_, **__):
         os.kill(os.getpid(), signal.SIGINT)

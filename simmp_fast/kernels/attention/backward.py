@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import exponential, load_rows, next_cluster, product, store_rows
+from .tiles import exponential, load_again, load_rows, next_cluster, product, store_rows
 
 
 @triton.jit
@@ -75,11 +75,21 @@ def _slot_weights(
     slot_b = slot_a
     if DIM_B:
         slot_b = load_rows(base, row, DIM, valid, DIM_A, DIM_B, DIM, True)
-    score = product(q_a, q_b, slot_a, slot_b, DIM_B, PRECISION)
+    # Without tensor cores both products of a part come before the other part, so that it leaves the registers once.
+    SINGLE: tl.constexpr = slot_a.dtype == tl.float32 and PRECISION == "ieee"
+    if SINGLE:
+        score = tl.dot(q_a, tl.trans(slot_a), input_precision=PRECISION)
+        slope = tl.dot(grad_a, tl.trans(slot_a), input_precision=PRECISION)
+        if DIM_B:
+            score = tl.dot(q_b, tl.trans(slot_b), score, input_precision=PRECISION)
+            slope = tl.dot(grad_b, tl.trans(slot_b), slope, input_precision=PRECISION)
+    else:
+        score = product(q_a, q_b, slot_a, slot_b, DIM_B, PRECISION)
     inside = member[:, None] & valid[None, :]
     # A row of another cluster has no log-sum-exp here: its exponential may overflow before it is dropped.
     weight = tl.where(inside, exponential(score - log_sum[:, None]), 0.0)
-    slope = product(grad_a, grad_b, slot_a, slot_b, DIM_B, PRECISION)
+    if not SINGLE:
+        slope = product(grad_a, grad_b, slot_a, slot_b, DIM_B, PRECISION)
     return weight, slope, slot_a, slot_b
 
 
@@ -143,6 +153,8 @@ def attention_backward_query(
             )  # fmt: skip
             key += BLOCK_N * key_n
             value += BLOCK_N * value_n
+        q_a, q_b = load_again(q_a, q_b, query, row, query_n, valid, DIM, DIM_A, DIM_B)
+        g_a, g_b = load_again(g_a, g_b, grad, row, grad_n, valid, DIM, DIM_A, DIM_B)
         if whole < tokens:
             dq_a, dq_b = _query_step(
                 q_a, q_b, g_a, g_b, key, value, column, key_n, value_n, whole + column < tokens, best, inverse,
@@ -258,6 +270,8 @@ def attention_backward_key_value(
         )  # fmt: skip
         query += BLOCK_M * query_n
         grad += BLOCK_M * grad_n
+    k_a, k_b = load_again(k_a, k_b, key, row, key_n, valid, DIM, DIM_A, DIM_B)
+    v_a, v_b = load_again(v_a, v_b, value, row, value_n, valid, DIM, DIM_A, DIM_B)
     if whole < tokens:
         dk_a, dk_b, dv_a, dv_b = _key_value_step(
             k_a, k_b, v_a, v_b, query, grad, line, query_n, grad_n, whole + line < tokens, context_lse + whole * 2,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ..matching import CHUNK, nearest_prototype
-from .tiles import exponential, load_rows, next_cluster, product, store_rows
+from .tiles import exponential, load_again, load_rows, next_cluster, product, store_rows
 
 
 @triton.jit
@@ -111,6 +111,7 @@ def attention_forward(
             )  # fmt: skip
             key += BLOCK_N * key_n
             value += BLOCK_N * value_n
+        q_a, q_b = load_again(q_a, q_b, query, row, query_n, valid, DIM, DIM_A, DIM_B)
         if whole < tokens:
             best, total, out_a, out_b = _context_step(
                 q_a, q_b, key, value, column, key_n, value_n, whole + column < tokens, best, total, out_a, out_b,

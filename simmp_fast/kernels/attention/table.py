@@ -59,7 +59,7 @@ memory_backward_query         half    128 wide        BLOCK_M=128,BLOCK_N=16,BLO
 memory_backward_query         half    192 mma         BLOCK_M=64,BLOCK_N=16,BLOCK_S=16,HOIST=0   8 1 56  0 ahead-of-time
 memory_backward_query         half    192 wide        BLOCK_M=64,BLOCK_N=16,BLOCK_S=32,HOIST=0   8 2 76  0 ahead-of-time
 memory_backward_query         half    256 mma         BLOCK_M=64,BLOCK_N=16,BLOCK_S=16,HOIST=0   8 2 74  0 ahead-of-time
-memory_backward_query         half    256 wide        BLOCK_M=64,BLOCK_N=16,BLOCK_S=32,HOIST=0   8 2 113 0 ahead-of-time
+memory_backward_query         half    256 wide        BLOCK_M=64,BLOCK_N=16,BLOCK_S=16,HOIST=0   8 2 113 0 ahead-of-time
 memory_context_backward_query half    96  8.0,8.6,8.9 BLOCK_M=64,BLOCK_N=32,BLOCK_S=32,HOIST=1   8 2 36  0 ahead-of-time
 memory_context_backward_query half    96  12.0        BLOCK_M=64,BLOCK_N=32,BLOCK_S=16,HOIST=1   8 2 36  0 ahead-of-time
 memory_context_backward_query half    96  wide        BLOCK_M=128,BLOCK_N=64,BLOCK_S=32,HOIST=1  8 2 96  0 ahead-of-time
@@ -81,7 +81,7 @@ context_backward_key_value    half    256 mma         BLOCK_M=32,BLOCK_N=32,HOIS
 context_backward_key_value    half    256 wide        BLOCK_M=16,BLOCK_N=64,HOIST=0              8 2 113 0 ahead-of-time
 context_forward               float32 256 all         BLOCK_M=16,BLOCK_N=16,BLOCK_S=16,HOIST=0   8 1 32  0 ahead-of-time
 context_forward               tf32    128 all         BLOCK_M=32,BLOCK_N=32,BLOCK_S=32,HOIST=0   8 1 36  0 ahead-of-time
-context_forward               tf32    256 all         BLOCK_M=32,BLOCK_N=16,BLOCK_S=16,HOIST=0   8 1 42  0 ahead-of-time
+context_forward               tf32    256 all         BLOCK_M=32,BLOCK_N=32,BLOCK_S=16,HOIST=0   8 1 52  0 ahead-of-time
 context_backward_query        float32 256 all         BLOCK_M=16,BLOCK_N=16,BLOCK_S=16,HOIST=0   8 1 64  0 ahead-of-time
 context_backward_query        tf32    128 mma         BLOCK_M=32,BLOCK_N=16,BLOCK_S=16,HOIST=0   8 1 48  0 ahead-of-time
 context_backward_query        tf32    128 wide        BLOCK_M=32,BLOCK_N=16,BLOCK_S=16,HOIST=0   8 1 48  0 ahead-of-time
@@ -89,11 +89,12 @@ context_backward_query        tf32    256 all         BLOCK_M=16,BLOCK_N=32,BLOC
 memory_forward                float32 256 all         BLOCK_M=16,BLOCK_N=16,BLOCK_S=16,HOIST=0   8 1 33  0 ahead-of-time
 memory_forward                tf32    128 all         BLOCK_M=32,BLOCK_N=32,BLOCK_S=32,HOIST=0   8 1 48  0 ahead-of-time
 memory_forward                tf32    256 all         BLOCK_M=32,BLOCK_N=16,BLOCK_S=16,HOIST=0   8 1 56  0 ahead-of-time
-memory_backward_query         float32 256 all         BLOCK_M=16,BLOCK_N=16,BLOCK_S=16,HOIST=0   8 1 49  0 ahead-of-time
+memory_backward_query float32 256 all BLOCK_M=16,BLOCK_N=16,BLOCK_S=16,HOIST=0 8 1 49 16 ahead-of-time # Triton 3.6, 9.0
 memory_backward_query         tf32    128 mma         BLOCK_M=32,BLOCK_N=16,BLOCK_S=16,HOIST=0   8 1 48  0 ahead-of-time
 memory_backward_query         tf32    128 wide        BLOCK_M=16,BLOCK_N=16,BLOCK_S=16,HOIST=0   8 1 32  0 ahead-of-time
 memory_backward_query         tf32    256 all         BLOCK_M=16,BLOCK_N=32,BLOCK_S=16,HOIST=0   8 1 56  0 ahead-of-time
 memory_context_forward        float32 256 all         BLOCK_M=16,BLOCK_N=16,BLOCK_S=16,HOIST=0   8 1 33  0 ahead-of-time
+memory_context_forward        tf32    128 10.0        BLOCK_M=32,BLOCK_N=32,BLOCK_S=32,HOIST=0   4 1 49  0 ahead-of-time
 memory_context_forward        tf32    128 all         BLOCK_M=32,BLOCK_N=32,BLOCK_S=32,HOIST=0   8 1 48  0 ahead-of-time
 memory_context_forward        tf32    256 all         BLOCK_M=32,BLOCK_N=16,BLOCK_S=16,HOIST=0   8 1 56  0 ahead-of-time
 memory_context_backward_query float32 256 all         BLOCK_M=16,BLOCK_N=16,BLOCK_S=16,HOIST=0   8 1 64  0 ahead-of-time
@@ -101,6 +102,7 @@ memory_context_backward_query tf32    128 mma         BLOCK_M=32,BLOCK_N=16,BLOC
 memory_context_backward_query tf32    128 wide        BLOCK_M=32,BLOCK_N=16,BLOCK_S=16,HOIST=0   8 1 48  0 ahead-of-time
 memory_context_backward_query tf32    256 all         BLOCK_M=16,BLOCK_N=32,BLOCK_S=16,HOIST=0   8 1 80  0 ahead-of-time
 context_backward_key_value    float32 256 all         BLOCK_M=16,BLOCK_N=16,HOIST=0              8 1 66  0 ahead-of-time
+context_backward_key_value    tf32    128 8.6,8.9     BLOCK_M=32,BLOCK_N=16,HOIST=0              8 1 64  0 ahead-of-time
 context_backward_key_value    tf32    128 all         BLOCK_M=16,BLOCK_N=32,HOIST=0              8 1 56  0 ahead-of-time
 context_backward_key_value    tf32    256 all         BLOCK_M=16,BLOCK_N=16,HOIST=0              8 1 72  0 ahead-of-time
 """

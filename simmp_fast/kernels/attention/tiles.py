@@ -34,18 +34,37 @@ def exponential(x):
 
 @triton.jit
 def load_rows(
-    base, rows, stride_n, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, MASKED: tl.constexpr
-):
+    base, rows, stride_n, valid,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, MASKED: tl.constexpr, LAST: tl.constexpr = False,
+):  # fmt: skip
     """``[rows, WIDTH]``: channels FIRST.. of rows of `base`; 0 past DIM, and where not `valid` if MASKED."""
     column = FIRST + tl.arange(0, WIDTH)
     pointers = base + rows[:, None] * stride_n + column[None, :]
+    policy: tl.constexpr = "evict_first" if LAST else ""
     if FIRST + WIDTH > DIM:
-        tile = tl.load(pointers, mask=valid[:, None] & (column < DIM)[None, :], other=0.0)
+        tile = tl.load(pointers, mask=valid[:, None] & (column < DIM)[None, :], other=0.0, eviction_policy=policy)
     elif MASKED:
-        tile = tl.load(pointers, mask=valid[:, None], other=0.0)
+        tile = tl.load(pointers, mask=valid[:, None], other=0.0, eviction_policy=policy)
     else:
-        tile = tl.load(pointers)
+        tile = tl.load(pointers, eviction_policy=policy)
     return tile
+
+
+@triton.jit
+def load_again(
+    part_a, part_b, base, rows, stride_n, valid, DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr
+):  # fmt: skip
+    """Both parts of a tile behind a loop that used them: float32 is read anew.
+
+    For the products behind the loop Triton 3.6 would arrange the tile before it, and 32 bits an element would fill the
+    registers. The other eviction policy keeps this load from being joined with the first.
+    """
+    if base.dtype.element_ty == tl.float32:
+        part_a = load_rows(base, rows, stride_n, valid, 0, DIM_A, DIM, True, True)
+        part_b = part_a
+        if DIM_B:
+            part_b = load_rows(base, rows, stride_n, valid, DIM_A, DIM_B, DIM, True, True)
+    return part_a, part_b
 
 
 @triton.jit

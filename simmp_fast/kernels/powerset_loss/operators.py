@@ -53,12 +53,12 @@ def powerset_loss(
         raise ValueError(
             f"label: got shape {list(label.shape)}, expected sides of at most {LARGEST_SIDE} (Triton kernels)"
         )
-    return torch.ops.simmp_fast.powerset_loss(list(heads), label, ce_weight, dice_weight, smooth)[0]
+    return torch.ops.simmp_fast.powerset_loss(list(heads), label, ce_weight, dice_weight, smooth, None)[0]
 
 
 def _forward_fake(
     heads: Sequence[Tensor], label: Tensor, ce_weight: float, dice_weight: float, smooth: float,
-    subset_weight: Tensor | None = None,
+    subset_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     loss = heads[0].new_empty((), dtype=torch.float32)
     return loss, loss.new_empty(((1 << len(heads)) - 1, 2 * heads[0].shape[1] + 1))
@@ -76,11 +76,12 @@ def _geometry(heads: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]
 @operator("powerset_loss", _forward_fake)
 def _forward(
     heads: Sequence[Tensor], label: Tensor, ce_weight: float, dice_weight: float, smooth: float,
-    subset_weight: Tensor | None = None,
+    subset_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss, and the coefficients ``[2^heads - 1, 2 classes + 1]`` of its gradient.
 
-    `subset_weight`, ``[2^heads - 1]`` float32 or None for ones, weighs the subsets in the order of their bit masks.
+    `subset_weight`, ``[2^heads - 1]`` float32 or None for ones, weighs the subsets in the order of their bit masks. It
+    has no default: of an operator that takes a list, PyTorch 2.11 wants no gradient for arguments left at theirs.
     """
     if label.numel() == 0:
         loss = torch.zeros((), dtype=torch.float32, device=label.device)

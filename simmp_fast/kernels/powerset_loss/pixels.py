@@ -33,8 +33,15 @@ def bilinear_source(position, cells, pixels):
 
 @triton.jit
 def _load(base, y, x, stride_y, stride_x, mask):
-    offsets = y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
-    return tl.load(base + offsets[None, :], mask=mask, other=0.0).to(tl.float32)
+    """``[BLOCK_K, pixels]`` float32 from one cell a pixel, loaded as one row of pixels after the other.
+
+    A two-dimensional gather leaves it to the compiler which axis goes across the threads, and Triton 3.6 takes the
+    classes: every softmax would then cross threads and be computed by sixteen of them.
+    """
+    pointers = base + (y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x)[None, :]
+    flat: tl.constexpr = mask.shape[0] * mask.shape[1]
+    found = tl.load(tl.reshape(pointers, [flat]), mask=tl.reshape(mask, [flat]), other=0.0)
+    return tl.reshape(found, mask.shape).to(tl.float32)
 
 
 @triton.jit

@@ -18,8 +18,7 @@ from .geometry import tiling
 
 # kernel             dtype width capabilities tiles             warps stages shared_KiB stack provenance
 register_table("""
-powerset_loss_sums   any   64    10.0         BLOCK_P=128       4     1      48         0     ahead-of-time
-powerset_loss_sums   any   64    all          BLOCK_P=256       4     1      48         0     ahead-of-time
+powerset_loss_sums   any   64    all          BLOCK_P=128       4     1      48         0     ahead-of-time
 powerset_loss_sums   any   192   all          BLOCK_P=32        8     1      48         0     ahead-of-time
 powerset_loss_terms  any   192   all          BLOCK_T=64        4     1      48         0     ahead-of-time
 powerset_loss_pixels any   64    all          TILE_Y=8,TILE_X=16 4    1      48         0     ahead-of-time

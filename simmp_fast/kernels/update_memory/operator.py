@@ -26,7 +26,7 @@ update_assign    float32 256 all BLOCK_T=64,BLOCK_C=32   8  2  64  0  ahead-of-t
 update_assign    tf32    256 all BLOCK_T=64,BLOCK_C=32   8  2  64  0  ahead-of-time
 update_fold      any     256 all BLOCK_P=64,BLOCK_C=32                      4  2  16  0  ahead-of-time
 update_score     any     256 all -                                          8  2  32  0  ahead-of-time
-update_write     any     128 all BLOCK_S=128,BLOCK_N=2048,BLOCK_C=32,BLOCK_J=16  8  2  32  0  ahead-of-time
+update_write     any     128 all BLOCK_S=128,BLOCK_N=2048,BLOCK_C=32,BLOCK_J=16 8 2 32 8 ahead-of-time # Triton 3.6, 9.0
 update_write     any     2048 all BLOCK_S=2048,BLOCK_N=2048,BLOCK_C=8,BLOCK_J=8  16 2  64  0  ahead-of-time
 """)
 

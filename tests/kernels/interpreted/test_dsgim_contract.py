@@ -173,9 +173,9 @@ def test_opcheck_windows() -> None:
 
 def test_opcheck_loss() -> None:
     made, label = heads()
-    torch.library.opcheck(OPS.powerset_loss.default, (made, label, 0.3, 0.7, 1e-5))
+    torch.library.opcheck(OPS.powerset_loss.default, (made, label, 0.3, 0.7, 1e-5, None))
     plain = [head.detach() for head in made]
-    coefficients = OPS.powerset_loss(plain, label, 0.3, 0.7, 1e-5)[1]
+    coefficients = OPS.powerset_loss(plain, label, 0.3, 0.7, 1e-5, None)[1]
     torch.library.opcheck(OPS.powerset_loss_backward.default, (torch.tensor(1.5), plain, label, coefficients))
 
 

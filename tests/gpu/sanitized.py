@@ -1,0 +1,78 @@
+"""Every kernel on small ragged shapes, forward and backward: what `sanitize.sh` runs under compute-sanitizer.
+
+The whole edge grid would take too long there. A case is an operator of the parity tests with one of their names;
+together they launch every kernel of the tables, which `tests/kernels/interpreted/test_sanitized.py` checks.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / folder) for folder in (".", "tests", "tests/kernels")]
+
+import dmwla_cases  # noqa: E402
+import dsgim_cases  # noqa: E402
+from parity import named_gradients  # noqa: E402
+from parity_cases import build  # noqa: E402
+
+from simmp_fast import kernels  # noqa: E402
+
+dmwla_cases.register()
+dsgim_cases.register()
+
+# Ragged: more than one tile of tokens, or a last tile that is not full; heads in one part and in two.
+CASES = (
+    ("assign_clusters", "past_a_tile_cosine"),
+    ("context_attention", "dim_96"),
+    ("context_attention", "tile_and_one"),
+    ("memory_attention", "dim_80"),
+    ("memory_attention", "fixed_cluster"),
+    ("memory_context_attention", "past_a_tile"),
+    ("memory_context_attention", "dim_130"),
+    ("update_memory", "tile_and_one"),
+    ("update_memory", "slots_133"),
+    ("window_similarity", "channels_129"),
+    ("decay_weights", "network_paper"),
+    ("split_threshold", "31_tokens"),
+    ("split_threshold", "many_tokens"),
+    ("split_attention", "tile_and_one_paper"),
+    ("split_attention", "dim_65"),
+    ("powerset_loss", "odd"),
+    ("powerset_loss", "widest"),
+)
+# Name of a dtype class of the tables -> dtype, and PyTorch's precision of float32 products.
+CLASSES = {
+    "float32": (torch.float32, "highest"),
+    "tf32": (torch.float32, "high"),
+    "half": (torch.bfloat16, "highest"),
+}
+WITH_GRADIENTS = (
+    "context_attention", "memory_attention", "memory_context_attention", "split_attention", "powerset_loss",
+)  # fmt: skip
+
+
+def launch(operator: str, name: str, dtype: torch.dtype, device: str) -> None:
+    """Run one case, with its backward where there is one."""
+    function, inputs = getattr(kernels, operator), build(operator, name, seed=0, dtype=dtype, device=device)
+    if operator in WITH_GRADIENTS:
+        named_gradients(operator, function, inputs)
+    else:
+        function(**inputs)
+
+
+def main() -> None:
+    """Run every case in every dtype class on the current CUDA device, telling which so that an error has a name."""
+    for kind, (dtype, precision) in CLASSES.items():
+        torch.set_float32_matmul_precision(precision)
+        for operator, name in CASES:
+            print(f"{operator} {name} {kind}", flush=True)
+            launch(operator, name, dtype, "cuda")
+            torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

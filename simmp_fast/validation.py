@@ -1,4 +1,6 @@
-"""Argument checks shared by every implementation of an operator: the argument's name, what it got, what it needs."""
+"""What every implementation of an operator shares: checks of its arguments (name, what it got, what it needs), and what
+autocast makes of its products.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,14 @@ def has_autocast(kind: str) -> bool:
     A constant to `torch.compile`, whose tracer cannot follow the question in PyTorch 2.11.
     """
     return torch.amp.is_autocast_available(kind)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a product of `x` is taken: that of autocast where it is on and `x` is not float64."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and has_autocast(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
 
 
 def _shape_text(sizes: Sequence[int | str]) -> str:

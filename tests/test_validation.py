@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from simmp_fast import ops, reference
+from simmp_fast.validation import product_dtype
 
 X = torch.zeros(2, 6, 4)
 MEMORY, PROTOTYPES = torch.zeros(3, 5, 4), torch.zeros(3, 4)
@@ -72,3 +73,13 @@ def test_triton_is_refused_on_the_cpu_with_a_reason() -> None:
 def test_the_door_leads_to_the_reference() -> None:
     x = torch.randn(2, 6, 4, dtype=torch.float64)
     assert torch.equal(ops.context_attention(x, x, x, backend="reference"), reference.context_attention(x, x, x))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16), (torch.float64, None)]
+)
+def test_products_under_autocast_are_those_of_a_layer(dtype: torch.dtype, expected: torch.dtype | None) -> None:
+    x = torch.ones(2, 3, dtype=dtype)
+    assert product_dtype(x) == dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        assert product_dtype(x) == torch.nn.functional.linear(x, x).dtype == (expected or dtype)

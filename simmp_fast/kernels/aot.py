@@ -130,7 +130,12 @@ def fingerprint(case: Case) -> str:
 
 
 def compile_case(case: Case) -> Resources:
-    """Compile a case to machine code for its target and read what it needs.
+    """Compile a case to machine code for its target and read what it needs; see `compiled_kernel`."""
+    return resources_of(compiled_kernel(case), case.capability)
+
+
+def compiled_kernel(case: Case) -> Any:
+    """A case compiled to machine code for its target.
 
     Raises:
         RuntimeError: the kernels are interpreted here, so there is nothing to compile.
@@ -155,12 +160,16 @@ def compile_case(case: Case) -> Resources:
     source = ASTSource(how.kernel, types, constants, attributes)
     target = GPUTarget("cuda", case.capability[0] * 10 + case.capability[1], 32)
     options = {"num_warps": case.config.warps, "num_stages": case.config.stages, "enable_fp_fusion": FP_FUSION}
-    compiled = triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options=options)
+
+
+def resources_of(compiled: Any, capability: tuple[int, int]) -> Resources:
+    """What a compiled kernel needs, however it came to be compiled; `capability` is that of its target."""
     registers, stack = _usage(compiled.asm["cubin"])
     text = compiled.asm["ptx"]
     patterns = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
     counts = {name: text.count(pattern) for name, pattern in patterns.items()}
-    wanted = matrix_instructions(case.capability)
+    wanted = matrix_instructions(capability)
     counts[UNMATCHED] = sum(found not in wanted for found in half_products(compiled.asm["ttgir"]))
     return Resources(registers, stack, compiled.metadata.shared, counts)
 

@@ -5,7 +5,7 @@ precision.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ def launch(kernel: Any, grid: Sequence[int], config: Config, device: torch.devic
         return
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        kernel[tuple(grid)](
+        compiled = kernel[tuple(grid)](
             *args,
             **kwargs,
             **config.tiles,
@@ -92,3 +92,19 @@ def launch(kernel: Any, grid: Sequence[int], config: Config, device: torch.devic
             num_stages=config.stages,
             enable_fp_fusion=FP_FUSION,
         )
+    if _WATCHED is not None:
+        _WATCHED[config.kernel] = compiled
+
+
+_WATCHED: dict[str, Any] | None = None
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[dict[str, Any]]:
+    """The compiled kernels that are launched meanwhile, by their names in the table; for `tune`."""
+    global _WATCHED
+    _WATCHED = {}
+    try:
+        yield _WATCHED
+    finally:
+        _WATCHED = None

@@ -7,10 +7,10 @@
     python -m simmp_fast.kernels.tune --dry-run              # what there is to tune, without a GPU
 
 All rows descend together, round by round. In a round every number of a row's best configuration is changed, one at a
-time; all these candidates are compiled, each by a process of its own, which leaves the machine code in Triton's cache;
-then this process, alone on the GPU, times them. A row goes on from its fastest candidate while that gains 2 %. What
-spills, needs more shared memory than the device has, or leads to other results is never timed. Rows go to
-`measured.txt` as they are found; bring docs/kernels/resources.txt up to date afterwards.
+time (a tile also with its warps); all these candidates are compiled, each by a process of its own, which leaves the
+machine code in Triton's cache; then this process, alone on the GPU, times them. A row goes on from its fastest
+candidate while that gains 2 %. What spills, needs more shared memory than the device has, or leads to other results is
+never timed. Rows go to `measured.txt` as they are found; bring docs/kernels/resources.txt up to date afterwards.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ import torch
 import triton
 from torch import Tensor
 
-from .aot import Case, compile_case, faults
+from .aot import Case, faults, resources_of
 from .configs import DTYPE_CLASSES, MEASURED, Config, device_limits, forced, lookup, rows, widths
+from .launch import watched
 from .workloads import Run, workload
 
 GAIN = 0.98
@@ -79,14 +80,19 @@ class Subject:
 
 
 def neighbours(config: Config) -> Iterator[Config]:
-    """Configurations that differ in one number: a tile halved or doubled, other warps, a stage more or less."""
+    """Configurations a step away: a tile halved or doubled, alone or with the warps that share it; other warps; a stage
+    more or less; hoisting or not.
+    """
     for name, size in config.tiles.items():
-        if name in ("HOIST", "GROUP"):
-            values = [1 - size] if name == "HOIST" else []
-        else:
-            values = [value for value in (size // 2, size * 2) if SMALLEST_TILE <= value <= LARGEST_TILE]
-        for value in values:
-            yield replace(config, tiles={**config.tiles, name: value})
+        if name == "HOIST":
+            yield replace(config, tiles={**config.tiles, name: 1 - size})
+        elif name != "GROUP":
+            for value, warps in ((size // 2, config.warps // 2), (size * 2, config.warps * 2)):
+                if SMALLEST_TILE <= value <= LARGEST_TILE:
+                    smaller = replace(config, tiles={**config.tiles, name: value})
+                    yield smaller
+                    if warps in WARPS:
+                        yield replace(smaller, warps=warps)
     for warps in WARPS:
         if warps != config.warps:
             yield replace(config, warps=warps)
@@ -166,16 +172,10 @@ def _agree(found: Sequence[Tensor], known: Sequence[Tensor]) -> bool:
     return True
 
 
-def checked(config: Config, dtype: str, target: Target) -> Config | str:
-    """The configuration with what it needs on the target; why it cannot be used there, in words, if it cannot.
-
-    Needs no GPU.
-    """
+def judged(config: Config, dtype: str, compiled: Any, target: Target) -> Config | str:
+    """The configuration with what its compiled kernel needs; in words why it cannot be used, if it cannot."""
     case = Case(config.kernel, STANDS_FOR[dtype][1], replace(config, shared=target.limit), target.capability)
-    try:
-        found = compile_case(case)
-    except Exception as error:  # whatever the compiler refuses is no candidate
-        return f"does not compile ({type(error).__name__})"
+    found = resources_of(compiled, target.capability)
     wrong = faults(case, found)
     return wrong[0] if wrong else replace(config, shared=max(found.shared, 1024), stack=found.stack)
 
@@ -187,13 +187,11 @@ def _workload(subject: Subject, index: int) -> Run:
 
 
 def compiled(subject: Subject, config: Config, target: Target) -> Config | str:
-    """`checked`, and the machine code of this very launch left in Triton's cache."""
-    found = checked(config, subject.dtype, target)
-    if isinstance(found, Config):
-        with torch.cuda.device(target.index), forced(found):
-            _workload(subject, target.index)()
-            torch.cuda.synchronize()
-    return found
+    """`judged`, by a launch of the workload, which leaves the machine code in Triton's cache."""
+    with torch.cuda.device(target.index), forced(config), watched() as seen:
+        _workload(subject, target.index)()
+        torch.cuda.synchronize()
+    return judged(config, subject.dtype, seen[config.kernel], target)
 
 
 # Forked from a process that has imported everything and never touches the GPU.

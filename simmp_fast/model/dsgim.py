@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..validation import product_dtype
 from .layers import ConvBlock
-from .projection import product_dtype
 
 
 def decay(use: int) -> float:

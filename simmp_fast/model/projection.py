@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..validation import has_autocast
+from ..validation import product_dtype
 
 
 class _JointProduct(torch.autograd.Function):
@@ -31,14 +31,6 @@ class _JointProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
         tokens, trained = ctx.saved_tensors
         return grad @ trained, grad.flatten(0, -2).T @ tokens.flatten(0, -2), None
-
-
-def product_dtype(tokens: Tensor) -> torch.dtype:
-    """The dtype in which a layer multiplies `tokens`: that of autocast where it is on, else their own."""
-    kind = tokens.device.type
-    if has_autocast(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return tokens.dtype
 
 
 def project(tokens: Tensor, trained: list[Tensor], frozen: Tensor | None) -> tuple[list[Tensor], Tensor | None]:

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..validation import check_context_attention
+from ..validation import check_context_attention, product_dtype
 from .chunked_attention import CHUNK, chunked_attention
-from .precision import no_autocast, product_dtype
+from .precision import no_autocast
 
 
 def context_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

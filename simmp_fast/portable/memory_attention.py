@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..validation import check_bank, check_context_attention
+from ..validation import check_bank, check_context_attention, product_dtype
 from .assign_clusters import assign_clusters
 from .context_attention import context_attention
-from .precision import at_least_float32, product_dtype
+from .precision import at_least_float32
 from .tiles import from_tiles, tile_layout, to_tiles
 
 # Features in a part of a float32 score's sum. The definition's products are small and add in many lanes; one long run

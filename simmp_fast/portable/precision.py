@@ -24,14 +24,6 @@ def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(kind, enabled=False) if has_autocast(kind) else nullcontext()
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a product of `x` is taken: that of autocast where it is on and `x` is not float64."""
-    kind = x.device.type
-    if x.dtype != torch.float64 and has_autocast(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
-
-
 def exp_(x: Tensor) -> Tensor:
     """The exponential of `x`, in place. On a CPU exp2 takes a quarter of the time of exp."""
     return x.mul_(LOG2_E).exp2_()

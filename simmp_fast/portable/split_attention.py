@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..validation import check_split_attention
-from .precision import at_least_float32, no_autocast, product_dtype
+from ..validation import check_split_attention, product_dtype
+from .precision import at_least_float32, no_autocast
 
 FILL = -100.0
 # Up to here the scores are small (the network has N = 196) and one pass over all of them is the fastest; above it rows

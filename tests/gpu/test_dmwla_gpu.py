@@ -198,6 +198,22 @@ def test_matching_of_many_tokens(kernels: Any, dtype: torch.dtype) -> None:
     check_assignment("assign_clusters", x["query"].detach(), x["prototypes"], found, "cosine")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_step_that_is_no_number_harms_nothing(kernels: Any, dtype: torch.dtype) -> None:
+    """Such a step is masked afterwards; until then its kernels must neither fail nor read what nobody wrote."""
+    x = made(785, 96, 9, dtype)
+    bad = x["key"].detach().clone()
+    bad[1, 300:340, 5] = float("nan")
+    for tokens in (bad, torch.full_like(bad, float("nan"))):
+        found = kernels.assign_clusters(tokens, x["prototypes"], metric="dot")
+        assert int(found.min()) >= 0
+        assert int(found.max()) < 9
+        for _ in range(3):
+            kernels.memory_context_attention(tokens, tokens, tokens, x["memory"], x["prototypes"])
+            kernels.update_memory(tokens, x["memory"], x["prototypes"], torch.tensor(50, device="cuda"))
+    torch.cuda.synchronize()
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True)
 

@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("triton")
 
 from simmp_fast.kernels import configs, tune
+from simmp_fast.kernels.aot import Case, compiled_kernel
 from simmp_fast.kernels.configs import Config, forced, lookup, pick, register_table
 
 START = Config("made_up", "half", 96, ((9, 0),), {"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2, 1024, 0, "ahead-of-time")
@@ -117,23 +118,36 @@ def test_what_a_process_of_its_own_answers() -> None:
     assert tune.isolated(time.sleep, 60, seconds=0.2) == "takes more than 0.2 seconds"
 
 
-def test_a_candidate_is_checked_by_compiling_it() -> None:
-    """Real machine code of the smallest kernel, for a device that this machine need not have."""
+def test_a_candidate_is_judged_by_its_machine_code() -> None:
+    """Of the smallest kernel, for a device that this machine need not have."""
     start = lookup("window_similarity", "half", 128, (9, 0), TARGET.limit)
-    found = tune.checked(start, "any", TARGET)
+    built = compiled_kernel(Case("window_similarity", "bfloat16", start, (9, 0)))
+    found = tune.judged(start, "any", built, TARGET)
     assert isinstance(found, Config)
     assert (found.stack, found.tiles) == (0, start.tiles)
-    wrong = tune.checked(replace(start, tiles={**start.tiles, "NOTHING": 1}), "any", TARGET)
-    assert isinstance(wrong, str)
-    assert wrong.startswith("does not compile")
+    assert 1024 <= found.shared <= start.shared
+    small = tune.judged(start, "any", built, replace(TARGET, limit=0))
+    assert isinstance(small, str)
+    assert "bytes of shared memory, its row says 0" in small
 
 
-def test_neighbours_differ_in_one_number() -> None:
+def test_neighbours_are_a_step_away() -> None:
+    """One number differs, or a tile and the warps that share it, both doubled or both halved."""
+    steps = []
     for other in tune.neighbours(START):
-        pairs = [(other.tiles[name], size) for name, size in START.tiles.items()]
-        pairs += [(other.warps, START.warps), (other.stages, START.stages)]
-        assert sum(a != b for a, b in pairs) == 1
+        changed = {name: (size, other.tiles[name]) for name, size in START.tiles.items() if other.tiles[name] != size}
+        warps, stages = other.warps / START.warps, other.stages - START.stages
+        ratios = [new / old for old, new in changed.values()]
+        steps.append((ratios, warps, stages))
+        assert len(ratios) + (stages != 0) <= 1
+        assert not ratios or warps in (1, ratios[0])
+        assert not stages or warps == 1
         assert replace(other, tiles=START.tiles, warps=START.warps, stages=START.stages) == START
+    assert ([2.0], 2.0, 0) in steps
+    assert ([0.5], 1.0, 0) in steps
+    assert ([], 2.0, 0) in steps
+    assert ([], 1.0, 1) in steps
+    assert len({tune._key(other) for other in tune.neighbours(START)}) == len(steps)
 
 
 def test_a_measured_row_replaces_an_older_one_and_comes_first_on_its_device(

@@ -1,6 +1,8 @@
 """Pinned configurations of the attention kernels, and how they are compiled ahead of time.
 
-"ahead-of-time" rows were chosen by their resources alone (registers, stack, shared memory), without a GPU.
+"ahead-of-time" rows were chosen by their resources alone (registers, stack, shared memory), without a GPU. On 9.0 a
+warp group takes 64 rows of a product, and those of attention lie one above the other: 8 warps on 64 rows compute
+everything twice, which rows for 9.0 avoid where nothing spills.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ context_forward               half    128 8.0,8.6,8.9 BLOCK_M=128,BLOCK_N=64,BLO
 context_forward               half    128 12.0        BLOCK_M=128,BLOCK_N=32,BLOCK_S=16,HOIST=1  8 3 64  0 ahead-of-time
 context_forward               half    128 wide        BLOCK_M=128,BLOCK_N=64,BLOCK_S=16,HOIST=1  8 3 129 0 ahead-of-time
 context_forward               half    192 mma         BLOCK_M=64,BLOCK_N=32,BLOCK_S=16,HOIST=0   8 1 32  0 ahead-of-time
-context_forward               half    192 wide        BLOCK_M=64,BLOCK_N=64,BLOCK_S=16,HOIST=0   8 2 120 0 ahead-of-time
+context_forward               half    192 9.0         BLOCK_M=64,BLOCK_N=32,BLOCK_S=16,HOIST=0   4 2 72  0 ahead-of-time
+context_forward               half    192 10.0        BLOCK_M=64,BLOCK_N=64,BLOCK_S=16,HOIST=0   8 2 120 0 ahead-of-time
 context_forward               half    256 mma         BLOCK_M=64,BLOCK_N=32,BLOCK_S=16,HOIST=0   8 2 64  0 ahead-of-time
 context_forward               half    256 wide        BLOCK_M=64,BLOCK_N=64,BLOCK_S=16,HOIST=0   8 2 161 0 ahead-of-time
 memory_forward                half    96  mma         BLOCK_M=128,BLOCK_N=16,BLOCK_S=32,HOIST=1  8 3 36  0 ahead-of-time
@@ -31,16 +34,19 @@ memory_forward                half    128 mma         BLOCK_M=64,BLOCK_N=16,BLOC
 memory_forward                half    128 wide        BLOCK_M=128,BLOCK_N=16,BLOCK_S=32,HOIST=1  8 2 57  0 ahead-of-time
 memory_forward                half    192 8.0,8.6,8.9 BLOCK_M=64,BLOCK_N=16,BLOCK_S=32,HOIST=0   8 1 40  0 ahead-of-time
 memory_forward                half    192 12.0        BLOCK_M=64,BLOCK_N=16,BLOCK_S=16,HOIST=0   8 1 32  0 ahead-of-time
-memory_forward                half    192 wide        BLOCK_M=64,BLOCK_N=16,BLOCK_S=32,HOIST=0   8 2 52  0 ahead-of-time
+memory_forward                half    192 9.0         BLOCK_M=64,BLOCK_N=16,BLOCK_S=32,HOIST=0   4 2 48  0 ahead-of-time
+memory_forward                half    192 10.0        BLOCK_M=64,BLOCK_N=16,BLOCK_S=32,HOIST=0   8 2 52  0 ahead-of-time
 memory_forward                half    256 mma         BLOCK_M=64,BLOCK_N=16,BLOCK_S=32,HOIST=0   8 2 52  0 ahead-of-time
-memory_forward                half    256 wide        BLOCK_M=64,BLOCK_N=16,BLOCK_S=32,HOIST=0   8 2 81  0 ahead-of-time
+memory_forward                half    256 9.0         BLOCK_M=64,BLOCK_N=16,BLOCK_S=32,HOIST=0   4 1 48  0 ahead-of-time
+memory_forward                half    256 10.0        BLOCK_M=64,BLOCK_N=16,BLOCK_S=32,HOIST=0   8 2 81  0 ahead-of-time
 memory_context_forward        half    96  8.0,8.6,8.9 BLOCK_M=128,BLOCK_N=64,BLOCK_S=32,HOIST=1  8 2 56  0 ahead-of-time
 memory_context_forward        half    96  12.0        BLOCK_M=64,BLOCK_N=64,BLOCK_S=32,HOIST=1   8 2 36  0 ahead-of-time
 memory_context_forward        half    96  wide        BLOCK_M=128,BLOCK_N=64,BLOCK_S=32,HOIST=1  8 3 96  0 ahead-of-time
 memory_context_forward        half    128 mma         BLOCK_M=64,BLOCK_N=64,BLOCK_S=32,HOIST=0   8 2 48  0 ahead-of-time
 memory_context_forward        half    128 wide        BLOCK_M=128,BLOCK_N=64,BLOCK_S=32,HOIST=1  8 3 129 0 ahead-of-time
 memory_context_forward        half    192 mma         BLOCK_M=64,BLOCK_N=32,BLOCK_S=16,HOIST=0   8 1 56  0 ahead-of-time
-memory_context_forward        half    192 wide        BLOCK_M=64,BLOCK_N=64,BLOCK_S=32,HOIST=0   8 2 120 0 ahead-of-time
+memory_context_forward        half    192 9.0         BLOCK_M=128,BLOCK_N=32,BLOCK_S=32,HOIST=0  8 2 113 0 ahead-of-time
+memory_context_forward        half    192 10.0        BLOCK_M=64,BLOCK_N=64,BLOCK_S=32,HOIST=0   8 2 120 0 ahead-of-time
 memory_context_forward        half    256 mma         BLOCK_M=64,BLOCK_N=32,BLOCK_S=16,HOIST=0   8 1 52  0 ahead-of-time
 memory_context_forward        half    256 wide        BLOCK_M=64,BLOCK_N=32,BLOCK_S=32,HOIST=0   8 2 97  0 ahead-of-time
 context_backward_query        half    96  mma         BLOCK_M=64,BLOCK_N=32,BLOCK_S=16,HOIST=1   8 2 36  0 ahead-of-time
@@ -48,18 +54,22 @@ context_backward_query        half    96  wide        BLOCK_M=128,BLOCK_N=64,BLO
 context_backward_query        half    128 mma         BLOCK_M=64,BLOCK_N=64,BLOCK_S=16,HOIST=0   8 2 48  0 ahead-of-time
 context_backward_query        half    128 wide        BLOCK_M=128,BLOCK_N=64,BLOCK_S=16,HOIST=1  8 2 145 0 ahead-of-time
 context_backward_query        half    192 mma         BLOCK_M=32,BLOCK_N=32,BLOCK_S=16,HOIST=0   8 1 20  0 ahead-of-time
-context_backward_query        half    192 wide        BLOCK_M=64,BLOCK_N=32,BLOCK_S=16,HOIST=0   8 2 97  0 ahead-of-time
+context_backward_query        half    192 9.0         BLOCK_M=64,BLOCK_N=32,BLOCK_S=16,HOIST=0   4 2 97  0 ahead-of-time
+context_backward_query        half    192 10.0        BLOCK_M=64,BLOCK_N=32,BLOCK_S=16,HOIST=0   8 2 97  0 ahead-of-time
 context_backward_query        half    256 8.0,8.6,8.9 BLOCK_M=32,BLOCK_N=32,BLOCK_S=16,HOIST=0   8 1 32  0 ahead-of-time
 context_backward_query        half    256 12.0        BLOCK_M=32,BLOCK_N=16,BLOCK_S=16,HOIST=0   8 1 24  0 ahead-of-time
-context_backward_query        half    256 wide        BLOCK_M=64,BLOCK_N=32,BLOCK_S=16,HOIST=0   8 2 145 0 ahead-of-time
+context_backward_query        half    256 9.0         BLOCK_M=128,BLOCK_N=32,BLOCK_S=16,HOIST=0  8 2 193 0 ahead-of-time
+context_backward_query        half    256 10.0        BLOCK_M=64,BLOCK_N=32,BLOCK_S=16,HOIST=0   8 2 145 0 ahead-of-time
 memory_backward_query         half    96  mma         BLOCK_M=128,BLOCK_N=16,BLOCK_S=32,HOIST=1  8 2 54  0 ahead-of-time
 memory_backward_query         half    96  wide        BLOCK_M=128,BLOCK_N=16,BLOCK_S=32,HOIST=1  8 2 61  0 ahead-of-time
 memory_backward_query         half    128 mma         BLOCK_M=64,BLOCK_N=16,BLOCK_S=32,HOIST=0   8 2 44  0 ahead-of-time
 memory_backward_query         half    128 wide        BLOCK_M=128,BLOCK_N=16,BLOCK_S=32,HOIST=1  8 2 89  0 ahead-of-time
 memory_backward_query         half    192 mma         BLOCK_M=64,BLOCK_N=16,BLOCK_S=16,HOIST=0   8 1 56  0 ahead-of-time
-memory_backward_query         half    192 wide        BLOCK_M=64,BLOCK_N=16,BLOCK_S=32,HOIST=0   8 2 76  0 ahead-of-time
+memory_backward_query         half    192 9.0         BLOCK_M=64,BLOCK_N=16,BLOCK_S=32,HOIST=0   4 2 73  0 ahead-of-time
+memory_backward_query         half    192 10.0        BLOCK_M=64,BLOCK_N=16,BLOCK_S=32,HOIST=0   8 2 76  0 ahead-of-time
 memory_backward_query         half    256 mma         BLOCK_M=64,BLOCK_N=16,BLOCK_S=16,HOIST=0   8 2 74  0 ahead-of-time
-memory_backward_query         half    256 wide        BLOCK_M=64,BLOCK_N=16,BLOCK_S=16,HOIST=0   8 2 113 0 ahead-of-time
+memory_backward_query         half    256 9.0         BLOCK_M=64,BLOCK_N=16,BLOCK_S=32,HOIST=0   4 1 81  0 ahead-of-time
+memory_backward_query         half    256 10.0        BLOCK_M=64,BLOCK_N=16,BLOCK_S=16,HOIST=0   8 2 113 0 ahead-of-time
 memory_context_backward_query half    96  8.0,8.6,8.9 BLOCK_M=64,BLOCK_N=32,BLOCK_S=32,HOIST=1   8 2 36  0 ahead-of-time
 memory_context_backward_query half    96  12.0        BLOCK_M=64,BLOCK_N=32,BLOCK_S=16,HOIST=1   8 2 36  0 ahead-of-time
 memory_context_backward_query half    96  wide        BLOCK_M=128,BLOCK_N=64,BLOCK_S=32,HOIST=1  8 2 96  0 ahead-of-time
@@ -67,10 +77,12 @@ memory_context_backward_query half    128 8.0,8.6,8.9 BLOCK_M=64,BLOCK_N=64,BLOC
 memory_context_backward_query half    128 12.0        BLOCK_M=64,BLOCK_N=64,BLOCK_S=16,HOIST=0   8 2 48  0 ahead-of-time
 memory_context_backward_query half    128 wide        BLOCK_M=128,BLOCK_N=64,BLOCK_S=32,HOIST=1  8 2 145 0 ahead-of-time
 memory_context_backward_query half    192 mma         BLOCK_M=32,BLOCK_N=32,BLOCK_S=16,HOIST=0   8 1 20  0 ahead-of-time
-memory_context_backward_query half    192 wide        BLOCK_M=64,BLOCK_N=64,BLOCK_S=16,HOIST=0   8 2 145 0 ahead-of-time
+memory_context_backward_query half    192 9.0         BLOCK_M=128,BLOCK_N=32,BLOCK_S=16,HOIST=0  8 2 145 0 ahead-of-time
+memory_context_backward_query half    192 10.0        BLOCK_M=64,BLOCK_N=64,BLOCK_S=16,HOIST=0   8 2 145 0 ahead-of-time
 memory_context_backward_query half    256 8.0,8.6,8.9 BLOCK_M=32,BLOCK_N=32,BLOCK_S=16,HOIST=0   8 1 32  0 ahead-of-time
 memory_context_backward_query half    256 12.0        BLOCK_M=16,BLOCK_N=32,BLOCK_S=16,HOIST=0   8 1 32  0 ahead-of-time
-memory_context_backward_query half    256 wide        BLOCK_M=64,BLOCK_N=64,BLOCK_S=16,HOIST=0   8 2 225 0 ahead-of-time
+memory_context_backward_query half    256 9.0         BLOCK_M=128,BLOCK_N=32,BLOCK_S=16,HOIST=0  8 2 193 0 ahead-of-time
+memory_context_backward_query half    256 10.0        BLOCK_M=64,BLOCK_N=64,BLOCK_S=16,HOIST=0   8 2 225 0 ahead-of-time
 context_backward_key_value    half    96  mma         BLOCK_M=16,BLOCK_N=64,HOIST=1              8 2 31  0 ahead-of-time
 context_backward_key_value    half    96  wide        BLOCK_M=32,BLOCK_N=128,HOIST=1             8 2 73  0 ahead-of-time
 context_backward_key_value    half    128 mma         BLOCK_M=64,BLOCK_N=64,HOIST=0              8 2 49  0 ahead-of-time

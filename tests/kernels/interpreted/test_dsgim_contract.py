@@ -126,7 +126,7 @@ def test_subset_weights() -> None:
 def test_the_parts_of_the_loss() -> None:
     """Sums of two batches add up to those of both, from which each batch gets its share of the gradient."""
     made, label = heads(False)
-    loss, coefficients = OPS.powerset_loss(made, label, 0.3, 0.7, 1e-5)
+    loss, coefficients = OPS.powerset_loss(made, label, 0.3, 0.7, 1e-5, None)
     halves = [([head[i : i + 1] for head in made], label[i : i + 1]) for i in range(2)]
     sums = torch.stack([powerset_sums(*half) for half in halves]).sum(0)
     assert sums.isfinite().all()

@@ -106,11 +106,14 @@ def plan() -> Iterator[Case]:
 
 
 def _sources(function: Any, seen: dict[str, str]) -> None:
-    """The syntax trees of a kernel and of the device functions and constants it uses, without comments or layout."""
+    """A kernel and the device functions and constants it uses, without comments or layout.
+
+    As source text, which is the same for every Python; what a tree looks like is not.
+    """
     name = f"{function.fn.__module__}.{function.fn.__name__}"
     if name in seen:
         return
-    seen[name] = ast.dump(ast.parse(function.src))
+    seen[name] = ast.unparse(ast.parse(function.src))
     scope = function.fn.__globals__
     for word in sorted(set(re.findall(r"\w+", function.src))):
         value = scope.get(word)

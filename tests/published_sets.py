@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import h5py
-import nibabel
 import numpy as np
+import pytest
 from PIL import Image
 
 from simmp_fast.data import acdc, synapse
 
+nibabel = pytest.importorskip("nibabel")
 SIDE = 8
 AFFINE = np.array([[0.8, 0, 0, -10], [0, 0.7, 0, 20], [0, 0, 3, 5], [0, 0, 0, 1]])
 # The split fixes the depth of training volumes only.

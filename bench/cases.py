@@ -241,7 +241,7 @@ def select(
     kept = [case for case in kept if not operators or case.operator in operators]
     kept = [case for case in kept if not groups or case.group in groups]
     if not kept:
-        raise ConfigError("this selection holds no case; --list shows all of them")
+        raise ConfigError("this selection holds no case; --list shows all there are, and with --all the rest on a CPU")
     return kept
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import published_sets as sets
 import pytest
@@ -102,7 +101,7 @@ def test_from_download_to_prediction(download: Download, tmp_path: Path, capsys:
         if target.suffix == ".png":
             assert np.asarray(Image.open(target)).shape == (sets.SIDE, sets.SIDE + 2)
         else:
-            image, labels = nibabel.load(new), nibabel.load(target)
+            image, labels = sets.nibabel.load(new), sets.nibabel.load(target)
             assert labels.shape == image.shape
             np.testing.assert_array_equal(labels.get_qform(), image.get_qform())
             np.testing.assert_array_equal(labels.get_sform(), image.get_sform())

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from simmp_fast.config import ConfigError
 from . import cases, compare, report, run
 from .backends import choose
 from .measure import DIRECTIONS, Settings
+from .rows import Row, read_jsonl
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -50,9 +51,13 @@ def settings_of(arguments: argparse.Namespace, device: torch.device) -> Settings
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    """Measure and write, list the cases, or compare."""
+    """Measure and write, list the cases, compare or merge."""
+    out = arguments.out or Path("bench-results")
     if arguments.compare:
         print(compare.compare(tuple(arguments.compare), _selection(arguments), _say))
+        return
+    if arguments.merge:
+        _write(out, merged(arguments.merge))
         return
     device = choose_device(arguments.device)
     shapes = [cases.parse_shape(text) for text in arguments.shape or ()]
@@ -64,13 +69,36 @@ def execute(arguments: argparse.Namespace) -> None:
             print(case.name)
         return
     settings = settings_of(arguments, device)
-    out = arguments.out or Path("bench-results")
     with _bar(len(selected)) as progress:
         rows = run.run(selected, settings, progress, lambda rows: run.save(out, rows) if rows else None)
+    _write(out, rows)
+
+
+def _write(out: Path, rows: Sequence[Row]) -> None:
+    """Save, and say what and where."""
     written = run.save(out, rows)
     print(report.summary(rows))
     for path in written:
         print(path)
+
+
+def merged(folders: Sequence[Path]) -> list[Row]:
+    """The rows of several results; what more than one has is taken from the first, such as the baseline.
+
+    Raises:
+        ConfigError: a folder without results, or results of different machines or versions.
+    """
+    found: dict[tuple[object, ...], Row] = {}
+    for folder in folders:
+        for row in read_jsonl(folder):
+            first = next(iter(found.values()), row)
+            for key in ("cpu", "gpu", "torch", "triton", "commit"):
+                mine, its = row.environment.get(key), first.environment.get(key)
+                if mine != its:
+                    raise ConfigError(f"--merge: got {key} {mine!r} in {folder}, expected {its!r} as in {folders[0]}")
+            shape = tuple(sorted(row.shape.items()))
+            found.setdefault((row.group, row.operator, row.backend, row.direction, row.dtype, shape, row.label), row)
+    return list(found.values())
 
 
 def _selection(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -81,7 +109,7 @@ def _selection(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def measure_selection(text: str, out: str) -> None:
     """Measure a selection, given as JSON, into the folder `out`: how another revision of the package is measured."""
-    execute(argparse.Namespace(**json.loads(text), out=Path(out), list=False, compare=None))
+    execute(argparse.Namespace(**json.loads(text), out=Path(out), list=False, compare=None, merge=None))
 
 
 def _say(text: str) -> None:

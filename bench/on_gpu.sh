@@ -4,9 +4,11 @@
 #   bench/on_gpu.sh check OUT       GPU tests of kernels and step
 #   bench/on_gpu.sh sanitize OUT    memcheck and racecheck over every kernel
 #   bench/on_gpu.sh tune OUT        faster configurations; they are kept in simmp_fast/kernels/measured.txt
-#   bench/on_gpu.sh step OUT        the training step in all its forms, and its profile
+#   bench/on_gpu.sh step OUT        the training step, eager and all options together, and its profile
+#   bench/on_gpu.sh compiled OUT    the training step in the other forms that are compiled
 #   bench/on_gpu.sh operators OUT   operators, blocks, DS-GIM, loss and network
 #   bench/on_gpu.sh sweeps OUT      cost and memory against N, K, M, D and batch
+#   bench/on_gpu.sh report OUT      one report of all that these stages left below OUT
 #   bench/on_gpu.sh demo OUT        the demo, from the prepared cache that SIMMP_FAST_DEMO_CACHE names
 #
 # OUT is a folder for what a stage says and finds. Needs no installation: only what pyproject.toml names, and
@@ -17,7 +19,7 @@ export PYTHONPATH=. PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 stage=${1:-} out=${2:-}
 if [ -z "$stage" ] || [ -z "$out" ]; then
-    sed -n '2,15s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,17s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 mkdir -p "$out"
@@ -48,13 +50,21 @@ tune)
     cp simmp_fast/kernels/measured.txt "$out/measured.txt"
     ;;
 step)
-    # The reference in float32 is the yardstick of the budgets; the rest is measured as training would run.
-    run step-float32 150 "$python" -m simmp_fast.cli bench training_step --dtype float32 --seconds 10 \
-        --backend reference --out "$out/step-float32"
-    run step-bfloat16 330 "$python" -m simmp_fast.cli bench training_step --dtype bfloat16 --seconds 20 \
-        --backend reference portable portable-compiled triton triton-channels-last triton-compiled triton-graph \
-        triton-fast --out "$out/step-bfloat16"
-    run profile 90 "$python" -m bench.profile --backend triton-fast --out "$out/profile"
+    # Compilation takes minutes: what is compiled is measured by calls of its own, so that none costs the others.
+    run step-eager 260 "$python" -m simmp_fast.cli bench training_step --dtype bfloat16 float32 --seconds 15 \
+        --backend reference portable triton triton-channels-last triton-graph --out "$out/step-eager"
+    run step-fast 220 "$python" -m simmp_fast.cli bench training_step --dtype bfloat16 --seconds 10 \
+        --backend triton-fast --out "$out/step-fast"
+    run profile 100 "$python" -m bench.profile --backend triton-fast --out "$out/profile"
+    ;;
+compiled)
+    for form in portable-compiled triton-compiled; do
+        run "step-$form" 290 "$python" -m simmp_fast.cli bench training_step --dtype bfloat16 --seconds 10 \
+            --backend "$form" --out "$out/step-$form"
+    done
+    ;;
+report)
+    run report 120 "$python" -m simmp_fast.cli bench --out "$out/report" --merge "$out"/*/results.jsonl
     ;;
 operators)
     run operators 580 "$python" -m simmp_fast.cli bench --group operators blocks context dsgim loss network \
@@ -69,7 +79,7 @@ demo)
         --set train.precision=bfloat16
     ;;
 *)
-    echo "stage: got '$stage', expected check, sanitize, tune, step, operators, sweeps or demo" >&2
+    echo "stage: got '$stage', expected check, sanitize, tune, step, compiled, operators, sweeps, report or demo" >&2
     exit 2
     ;;
 esac

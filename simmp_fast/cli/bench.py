@@ -36,7 +36,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--backend",
         nargs="+",
         metavar="NAME",
-        help="reference, portable, reference-compiled, portable-compiled, sdpa, triton (default: all that run here)",
+        help="reference, portable, sdpa, triton, triton-fast, ..: docs/benchmark.md has all (default: those that run "
+        "here without long compilation)",
     )
     add("--shape", nargs="+", metavar="SIZES", help="sizes by name, such as N=784,D=128, for the operators named")
     add(
@@ -55,10 +56,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--all", action="store_true", help="the fine sweeps on a CPU too")
     add("--list", action="store_true", help="print the cases and measure nothing")
     add("--compare", nargs=2, metavar=("A", "B"), help="two result files, or two revisions of this clone")
+    add("--merge", nargs="+", type=Path, metavar="DIR", help="make one report, in --out, of results of one machine")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure, write rows, report and pictures, and print a summary; or list the cases; or compare two results."""
+    """Measure, write rows, report and pictures, and print a summary; or list the cases; or compare or merge results."""
     if not (CLONE / "bench" / "__init__.py").is_file():
         raise ConfigError(
             "the benchmark is not part of an installed package, it needs a clone of the repository: there, "

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.rows import read_jsonl, write_jsonl
 from simmp_fast.cli import bench as command
 from simmp_fast.cli import main
 
@@ -22,6 +23,27 @@ def test_run_of_one_operator(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["bench", *selection, "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
     assert "rows, 0 without a time, 0 with failed parity" in capsys.readouterr().out
     assert {"results.jsonl", "results.csv", "report.md"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_results_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What two runs have in common is there once; another commit's rows are refused."""
+    for backend in ("portable", "reference-compiled"):
+        selection = ["split_threshold", "--shape", "N=30,C=8", "--backend", backend, "--seconds", "0.01"]
+        assert main(["bench", *selection, "--device", "cpu", "--out", str(tmp_path / backend)]) == 0
+    folders = [str(tmp_path / name) for name in ("portable", "reference-compiled")]
+    assert main(["bench", "--merge", *folders, "--out", str(tmp_path / "both")]) == 0
+    rows = read_jsonl(tmp_path / "both")
+    assert [row.backend for row in rows] == ["reference", "portable", "reference-compiled"]
+    assert "reference-compiled" in (tmp_path / "both" / "report.md").read_text()
+
+    for row in rows:
+        row.environment = {**row.environment, "commit": "another"}
+    (tmp_path / "other").mkdir()
+    write_jsonl(tmp_path / "other" / "results.jsonl", rows)
+    capsys.readouterr()
+    assert main(["bench", "--merge", folders[0], str(tmp_path / "other"), "--out", str(tmp_path / "none")]) == 2
+    assert "--merge: got commit 'another' in" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,7 @@ def test_a_revision_is_measured_by_this_benchmark(clone: Path, tmp_path: Path, m
     parser = argparse.ArgumentParser()
     command.add_options(parser)
     options = vars(parser.parse_args(["window_similarity", "--fast", "--device", "cpu", "--seconds", "0.01"]))
-    selection = {name: value for name, value in options.items() if name not in ("out", "list", "compare")}
+    selection = {name: value for name, value in options.items() if name not in ("out", "list", "compare", "merge")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "ROOT", clone)
         tree = compare._unpack("HEAD", tmp_path / "tree")

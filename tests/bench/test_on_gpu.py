@@ -15,7 +15,7 @@ from simmp_fast.cli import main
 from simmp_fast.kernels import tune
 
 ROOT = Path(__file__).parents[2]
-STAGES = ("check", "sanitize", "tune", "step", "operators", "sweeps", "demo")
+STAGES = ("check", "sanitize", "tune", "step", "compiled", "operators", "sweeps", "report", "demo")
 
 
 def stage(folder: Path, name: str) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
@@ -46,6 +46,8 @@ def test_a_stage_asks_for_what_there_is(name: str, tmp_path: Path, capsys: pytes
         elif module == "bench.profile":
             assert profile.main([*arguments, "--device", "cpu"]) == 2
             assert f"{arguments[1]!r} cannot run here" in capsys.readouterr().err
+        elif "--merge" in arguments:
+            assert arguments[-1].endswith("/out/*/results.jsonl")
         elif arguments[0] == "bench":
             assert main([*arguments, "--list", "--device", "cpu"]) == 0
             named = arguments[arguments.index("--backend") + 1 :] if "--backend" in arguments else []

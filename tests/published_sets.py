@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simmp_fast.data import acdc, synapse
+from simmp_fast.data import DataError, acdc, open_source, prepare, synapse
 
 nibabel = pytest.importorskip("nibabel")
 SIDE = 8
@@ -169,3 +169,20 @@ def segpc_mask(cell: int) -> np.ndarray:
     mask[cell : cell + 4, cell : cell + 4] = 20
     mask[cell + 1 : cell + 3, cell + 1 : cell + 3] = 40
     return mask
+
+
+def refusal(name: str, root: Path, split: str | None = None) -> list[str]:
+    """The lines of the error with which a download is refused, heading aside, paths below `root`."""
+    with pytest.raises(DataError) as caught:
+        prepare(open_source(name, root, split), root.parent / "out", SIDE)
+    assert not (root.parent / "out").exists()
+    heading, *lines = str(caught.value).splitlines()
+    assert heading.startswith(f"data set {name!r} cannot be prepared: {len(lines)} problem")
+    return [line.strip().replace(f"{root}/", "") for line in lines]
+
+
+def assert_named_once(lines: Sequence[str], expected: Sequence[str], *, first: bool = False) -> None:
+    """Fail unless each expected text is in one line (`first`: begins one), and there is no other line."""
+    assert len(lines) == len(expected), lines
+    for text in expected:
+        assert sum(line.startswith(text) if first else text in line for line in lines) == 1, (text, lines)

@@ -4,7 +4,15 @@ import shutil
 
 import numpy as np
 import pytest
-from published_sets import SIDE, write_acdc_prepared, write_acdc_raw, write_arrays, write_nifti
+from published_sets import (
+    SIDE,
+    assert_named_once,
+    refusal,
+    write_acdc_prepared,
+    write_acdc_raw,
+    write_arrays,
+    write_nifti,
+)
 
 from simmp_fast.config import ConfigError
 from simmp_fast.data import DataError, Intensity, acdc, open_source, prepare
@@ -30,16 +38,6 @@ def raw_copy(raw, tmp_path):
 def mt_unet(tmp_path):
     write_acdc_prepared(tmp_path / "mt_unet", "mt_unet")
     return tmp_path / "mt_unet"
-
-
-def refusal(root, split):
-    """The lines of the error with which `root` is refused, heading aside."""
-    with pytest.raises(DataError) as caught:
-        prepare(open_source("acdc", root, split), root.parent / "out", SIDE)
-    assert not (root.parent / "out").exists()
-    heading, *lines = str(caught.value).splitlines()
-    assert heading.startswith(f"data set 'acdc' cannot be prepared: {len(lines)} problem")
-    return [line.strip().replace(f"{root}/", "") for line in lines]
 
 
 def sizes(splits):
@@ -141,10 +139,7 @@ def test_every_bad_raw_file_is_named(raw_copy):
         "patient008: got patient008_frame01, patient008_frame05, patient008_frame12, expected two phases",
         "patient008/patient008_frame05.nii.gz: holds the same image as ",
     ]
-    lines = refusal(raw_copy, "released")
-    assert len(lines) == len(expected)
-    for text in expected:
-        assert sum(text in line for line in lines) == 1, text
+    assert_named_once(refusal("acdc", raw_copy, "released"), expected)
 
 
 def test_every_bad_prepared_file_is_named(mt_unet):
@@ -163,10 +158,7 @@ def test_every_bad_prepared_file_is_named(mt_unet):
         "train/case_005_sliceED_0.npz (label): got labels 4, expected only 0, 1, 2, 3 (4 classes)",
         "train/case_006_sliceED_0.npz: no array 'image' or 'img' in the file, got ",
     ]
-    lines = refusal(mt_unet, "mt_unet")
-    assert len(lines) == len(expected)
-    for text in expected:
-        assert sum(line.startswith(text) for line in lines) == 1, text
+    assert_named_once(refusal("acdc", mt_unet, "mt_unet"), expected, first=True)
 
 
 def test_prepared_files_of_one_split_under_another(mt_unet, tmp_path):

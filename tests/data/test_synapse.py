@@ -8,6 +8,8 @@ from published_sets import (
     AFFINE,
     SIDE,
     TEST_DEPTH,
+    assert_named_once,
+    refusal,
     write_arrays,
     write_nifti,
     write_synapse_prepared,
@@ -53,16 +55,6 @@ def prepared_copy(prepared, tmp_path):
 @pytest.fixture
 def raw_copy(raw, tmp_path):
     return shutil.copytree(raw, tmp_path / "raw")
-
-
-def refusal(root):
-    """The lines of the error with which `root` is refused, heading aside."""
-    with pytest.raises(DataError) as caught:
-        prepare(open_source("synapse", root), root.parent / "out", SIDE)
-    assert not (root.parent / "out").exists()
-    heading, *lines = str(caught.value).splitlines()
-    assert heading.startswith(f"data set 'synapse' cannot be prepared: {len(lines)} problem")
-    return [line.strip().replace(f"{root}/", "") for line in lines]
 
 
 def test_prepared_slices_and_volumes(prepared, tmp_path):
@@ -150,10 +142,7 @@ def test_every_bad_prepared_file_is_named(prepared_copy):
         "train_npz/case0027_slice000.npz: got an image of shape [2, 8, 8], expected [h, w]",
         "test_vol_h5/case0002.npy.h5: got an image of shape [8, 8], expected [d, h, w]",
     ]
-    lines = refusal(prepared_copy)
-    assert len(lines) == len(expected)
-    for text in expected:
-        assert sum(line.startswith(text) for line in lines) == 1, text
+    assert_named_once(refusal("synapse", prepared_copy), expected, first=True)
 
 
 def test_every_bad_raw_file_is_named(raw_copy):
@@ -178,10 +167,7 @@ def test_every_bad_raw_file_is_named(raw_copy):
         "img/img0023.nii.gz: got 95 slices, expected 96 as the split says",
         "label/label0024.nii.gz: got shape [8, 8, 9], expected [8, 8, 124]",
     ]
-    lines = refusal(raw_copy)
-    assert len(lines) == len(expected)
-    for text in expected:
-        assert sum(text in line for line in lines) == 1, text
+    assert_named_once(refusal("synapse", raw_copy), expected)
 
 
 def test_a_training_volume_of_another_depth(prepared_copy):
@@ -189,7 +175,7 @@ def test_a_training_volume_of_another_depth(prepared_copy):
         file.unlink()
     image = RNG.random((4, SIDE, SIDE), np.float32)
     write_arrays(prepared_copy / "case0005.npy.h5", image=image, label=np.zeros(image.shape, np.uint8))
-    assert refusal(prepared_copy) == ["case0005.npy.h5: got 4 slices, expected 117 as the split says"]
+    assert refusal("synapse", prepared_copy) == ["case0005.npy.h5: got 4 slices, expected 117 as the split says"]
 
 
 def test_folders_that_hold_something_else(raw, prepared_copy, tmp_path):

@@ -45,13 +45,8 @@ class Network:
         return self.images.device
 
     def steps(self) -> Steps:
-        """Its training step.
-
-        Raises:
-            ConfigError: a dtype that training does not offer.
-        """
-        dtype = torch.float32 if self.autocast is None else self.autocast
-        return Steps(self.model, self.images, self.labels, dtype_name(dtype))
+        """Its training step."""
+        return Steps(self.model, self.images, self.labels, self.autocast)
 
 
 def make(sizes: Any, dtype: torch.dtype, device: torch.device) -> Network:
@@ -149,8 +144,8 @@ def judge_forward(network: Network, backend: Backend, call: Callable[[], Tensor]
         return parity.Verdict(PASSED)
     if backend.compiled:
         eager = forward_call(network, backends.BACKENDS[backend.door])
-        dtype = torch.float32 if network.autocast is None else network.autocast
-        return parity.agreement(call(), eager(), parity.nudged_spread(eager, network.model, dtype))
+        spread = parity.nudged_spread(eager, network.model, network.autocast or torch.float32)
+        return parity.agreement(call(), eager(), spread)
     with parity.recorded() as calls:
         call()
     network.model.discard_memory()
@@ -160,7 +155,7 @@ def judge_forward(network: Network, backend: Backend, call: Callable[[], Tensor]
 def _measure_step(
     case: Case, dtype: str, network: Network, contenders: Sequence[Contender], settings: Settings
 ) -> list[Row]:
-    found = steps.measure(network.steps(), contenders, network.autocast, settings)
+    found = steps.measure(network.steps(), contenders, settings)
     rows = []
     for contender in contenders:
         samples = found.get(contender.backend.name)

@@ -50,7 +50,7 @@ tune)
     cp simmp_fast/kernels/measured.txt "$out/measured.txt"
     ;;
 step)
-    # Compilation takes minutes: what is compiled is measured by calls of its own, so that none costs the others.
+    # Compilation can take minutes: what is compiled is measured by calls of its own, so that none costs the others.
     run step-eager 260 "$python" -m simmp_fast.cli bench training_step --dtype bfloat16 float32 --seconds 15 \
         --backend reference portable triton triton-channels-last triton-graph --out "$out/step-eager"
     run step-fast 220 "$python" -m simmp_fast.cli bench training_step --dtype bfloat16 --seconds 10 \

@@ -74,15 +74,6 @@ class PartClock:
             found[part] += self.clock.between(begin, end)
         return found
 
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Time of the block belongs to a part."""
-        self.enter(name)
-        try:
-            yield
-        finally:
-            self.leave(name)
-
 
 class _Passing(torch.autograd.Function):
     """The identity; calls `notice` when its gradient comes by."""

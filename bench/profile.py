@@ -25,6 +25,7 @@ from simmp_fast.config import ConfigError
 from . import environment, network
 from .backends import BACKENDS, Backend, choose
 from .cases import CPU_BATCH, GPU_BATCH, STEP
+from .measure import dtype_name
 from .rows import write
 
 SHOWN = 10
@@ -144,10 +145,8 @@ def _own(event: Any) -> list[Interval]:
 def record(backend: Backend, sizes: dict[str, int], dtype: torch.dtype, device: torch.device, count: int) -> Profile:
     """Profile `count` training steps of the network after as many as a capture needs."""
     steps = network.make(sizes, dtype, device).steps()
-    step = steps.of(backend)
     steps.take(backend)
-    while step.replays is not None and not step.replays.replaying:
-        steps.take(backend)
+    steps.reach_replay(backend)
     steps.take(backend)
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
@@ -219,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dtype = getattr(torch, options.dtype or ("bfloat16" if on_gpu else "float32"))
     found = record(backend, sizes, dtype, device, options.steps)
     where = environment.describe(device)
-    title = f"Training step, {backend.name}, {str(dtype).removeprefix('torch.')}, batch {sizes['B']}"
+    title = f"Training step, {backend.name}, {dtype_name(dtype)}, batch {sizes['B']}"
     text = markdown(found, title, where)
     options.out.mkdir(parents=True, exist_ok=True)
     write(options.out / "profile.md", text)

@@ -20,7 +20,7 @@ from simmp_fast.training.step import TrainStep, make_optimizer
 from . import backends, memory, parity, timing, tracing
 from .backends import BASELINE, Backend
 from .cases import PARTS, WITHOUT_BACKBONE
-from .measure import Contender, Settings, describe, release
+from .measure import Contender, Settings, describe, dtype_name, release
 from .parts import PartClock, by_part
 from .rows import PASSED
 
@@ -36,24 +36,34 @@ class Steps:
         model: in training mode, its memory structured. Backends with another layout of the weights have a copy of it.
         images: ``[B, C, S1, S1]`` float32.
         labels: ``[B, S1, S1]`` int64.
-        precision: "float32" or "bfloat16".
+        autocast: dtype of autocast, None for none; the steps refuse one that training does not offer.
         recorder: makes what captures a replayed step; CUDA graphs by default.
     """
 
     model: SimMPNet
     images: Tensor
     labels: Tensor
-    precision: str
+    autocast: torch.dtype | None
     recorder: Callable[[], Recorder] | None = None
     _made: dict[str, TrainStep] = field(default_factory=dict, repr=False)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """The dtype of the matrix products."""
+        return self.autocast or torch.float32
 
     def of(self, backend: Backend) -> TrainStep:
         """The step that a backend takes."""
         if backend.name not in self._made:
             config = replace(
-                TrainConfig(), lr=NO_RATE, precision=self.precision, backend=backend.door, compile=backend.compiled,
-                channels_last=backend.channels_last, cuda_graph=backend.replayed and self.recorder is None,
-            )  # fmt: skip
+                TrainConfig(),
+                lr=NO_RATE,
+                precision=dtype_name(self.product_dtype),
+                backend=backend.door,
+                compile=backend.compiled,
+                channels_last=backend.channels_last,
+                cuda_graph=backend.replayed and self.recorder is None,
+            )
             model = copy.deepcopy(self.model) if backend.channels_last else self.model
             recorder = self.recorder() if backend.replayed and self.recorder is not None else None
             optimizer = make_optimizer(model, config)
@@ -66,6 +76,12 @@ class Steps:
         step.model.backend = backend.door
         return step(self.images, self.labels, 0, wld=True)
 
+    def reach_replay(self, backend: Backend) -> None:
+        """Take steps until a replayed one is a replay; none where steps are not replayed."""
+        replays = self.of(backend).replays
+        while replays is not None and not replays.replaying:
+            self.take(backend)
+
     def forget(self, backend: Backend) -> None:
         """Give free what a backend's step holds."""
         step = self._made.pop(backend.name, None)
@@ -74,9 +90,7 @@ class Steps:
             step.optimizer.zero_grad(set_to_none=True)
 
 
-def measure(
-    steps: Steps, contenders: Sequence[Contender], autocast: torch.dtype | None, settings: Settings
-) -> dict[str, dict[str, list[float]]]:
+def measure(steps: Steps, contenders: Sequence[Contender], settings: Settings) -> dict[str, dict[str, list[float]]]:
     """Parity, memory, launches and time of every contender.
 
     Returns:
@@ -86,7 +100,7 @@ def measure(
     for contender in contenders:
         backend = contender.backend
         try:
-            _prepare(steps, contender, autocast, settings)
+            _prepare(steps, contender, settings)
             found[backend.name] = {part: [] for part in ("", WITHOUT_BACKBONE, *PARTS)}
         except Exception as error:
             contender.status, contender.message = describe(error)
@@ -96,7 +110,7 @@ def measure(
     return found
 
 
-def _prepare(steps: Steps, contender: Contender, autocast: torch.dtype | None, settings: Settings) -> None:
+def _prepare(steps: Steps, contender: Contender, settings: Settings) -> None:
     """Everything about a contender but its time."""
     backend = contender.backend
     take = functools.partial(steps.take, backend)
@@ -106,14 +120,12 @@ def _prepare(steps: Steps, contender: Contender, autocast: torch.dtype | None, s
     steps.of(backend).optimizer.zero_grad(set_to_none=True)
     # A graph keeps its memory from one replay to the next: the peak is that of the step before its capture.
     contender.peaks["both"] = memory.peak_bytes(take, settings.device)
-    replays = steps.of(backend).replays
-    while replays is not None and not replays.replaying:
-        take()
-    contender.verdict = judge(steps, backend, autocast)
+    steps.reach_replay(backend)
+    contender.verdict = judge(steps, backend)
     contender.counts["both"] = tracing.count(take, settings.device)
 
 
-def judge(steps: Steps, backend: Backend, autocast: torch.dtype | None) -> parity.Verdict:
+def judge(steps: Steps, backend: Backend) -> parity.Verdict:
     """Parity of every operator call of one step, the memory's update included.
 
     A step whose calls cannot be listened to, compiled or replayed, is compared with the eager one by its loss.
@@ -130,12 +142,11 @@ def judge(steps: Steps, backend: Backend, autocast: torch.dtype | None) -> parit
                 buffer.copy_(value)
             return steps.take(taking)
 
-        dtype = torch.float32 if autocast is None else autocast
-        spread = parity.nudged_spread(lambda: again(eager), steps.of(eager).model, dtype)
+        spread = parity.nudged_spread(lambda: again(eager), steps.of(eager).model, steps.product_dtype)
         return parity.agreement(again(backend), again(eager), spread)
     with parity.recorded() as calls:
         steps.take(backend)
-    return parity.judge_calls(calls, parity.door(backend.door, steps.images.device, autocast))
+    return parity.judge_calls(calls, parity.door(backend.door, steps.images.device, steps.autocast))
 
 
 def _take_turns(

@@ -58,7 +58,7 @@ def _network(case: Case, dtype: torch.dtype, backend: Backend) -> tuple[Callable
     whole = network.make(case.sizes, dtype, DEVICE)
     if case.operator == cases.STEP:
         taken = whole.steps()
-        return lambda: taken.take(backend), steps.judge(taken, backend, whole.autocast)
+        return lambda: taken.take(backend), steps.judge(taken, backend)
     call = network.forward_call(whole, backend)
     return call, network.judge_forward(whole, backend, call)
 

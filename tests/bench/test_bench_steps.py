@@ -30,7 +30,7 @@ def tiny() -> Steps:
 
 def test_replayed_and_laid_out_steps_are_judged_and_timed(tiny: Steps) -> None:
     contenders = [Contender(backend) for backend in (BACKENDS["reference"], BACKENDS["portable"], *OTHERS)]
-    found = steps.measure(tiny, contenders, None, Settings(CPU, seconds=0.01))
+    found = steps.measure(tiny, contenders, Settings(CPU, seconds=0.01))
     names = ("reference", "portable", "portable-graph", "portable-channels-last")
     verdicts = {c.backend.name: (c.status, c.verdict.status, c.verdict.message) for c in contenders}
     assert verdicts == {name: ("", PASSED, verdicts[name][2]) for name in names}
@@ -54,7 +54,7 @@ def test_a_replay_of_something_else_is_noticed(tiny: Steps) -> None:
 
     tiny.recorder = Stale
     contender = Contender(OTHERS[0])
-    steps.measure(tiny, [contender], None, Settings(CPU, seconds=0.01))
+    steps.measure(tiny, [contender], Settings(CPU, seconds=0.01))
     assert contender.verdict.status == "failed"
     assert "allowed" in contender.verdict.message
 
@@ -66,7 +66,7 @@ def test_a_failing_step_is_a_row_and_leaves_the_others_alone(tiny: Steps, monkey
 
     tiny.recorder = Full
     contenders = [Contender(OTHERS[0]), Contender(BACKENDS["portable"])]
-    found = steps.measure(tiny, contenders, None, Settings(CPU, seconds=0.01))
+    found = steps.measure(tiny, contenders, Settings(CPU, seconds=0.01))
     assert contenders[0].status == OUT_OF_MEMORY
     assert list(found) == ["portable"]
 

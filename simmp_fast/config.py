@@ -127,7 +127,7 @@ class TrainConfig:
         wld_every: "step", or "epoch" for once an epoch on the mean loss.
         precision: "float32" or "bfloat16" (autocast).
         channels_last: keep feature maps and convolution weights with the channels innermost.
-        compile: put the forward pass and the loss under `torch.compile`; the first steps take minutes longer.
+        compile: put the forward pass and the loss under `torch.compile`; the first steps take much longer.
         cuda_graph: replay the step from a CUDA graph, captured after three steps of each phase of the memory.
         backend: operator backend: "auto", "reference", "portable" or "triton".
         backbone_weights: path of a local checkpoint, "timm" to download pretrained weights, or None.

@@ -128,10 +128,10 @@ class Descent:
 
     def take(self, times: Sequence[tuple[Config, float]]) -> bool:
         """Go to the fastest of the candidates that could be timed, if it gains; whether it did."""
-        best, time = min(times, key=lambda found: found[1], default=(self.best, math.inf))
-        self.done = time >= GAIN * self.time
+        best, least = min(times, key=lambda found: found[1], default=(self.best, math.inf))
+        self.done = least >= GAIN * self.time
         if not self.done:
-            self.best, self.time = best, time
+            self.best, self.time = best, least
         return not self.done
 
 

@@ -25,7 +25,11 @@ _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 def launched_rank() -> int:
     """This process's number among those that `torchrun` started; 0 without `torchrun`."""
-    return int(os.environ["RANK"]) if all(name in os.environ for name in _LAUNCHED) else 0
+    return int(os.environ["RANK"]) if _launched() else 0
+
+
+def _launched() -> bool:
+    return all(name in os.environ for name in _LAUNCHED)
 
 
 @contextmanager
@@ -42,8 +46,7 @@ def join_ranks(device: str | torch.device | None) -> Iterator[tuple[Ranks, torch
         ConfigError: a GPU named by number, or more processes than GPUs on this machine.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    launched = all(name in os.environ for name in _LAUNCHED)
-    if not launched or os.environ["WORLD_SIZE"] == "1":
+    if not _launched() or os.environ["WORLD_SIZE"] == "1":
         yield ALONE, place
         return
     if place.type == "cuda":

@@ -2,7 +2,7 @@
 
 `reference` is the definition, `portable` fast PyTorch for any device, `triton` the fused kernels for NVIDIA GPUs.
 `auto` takes Triton on CUDA tensors that the kernels support, portable elsewhere, and says once in the log why where a
-CUDA tensor falls to portable.
+CUDA tensor falls to portable: it never fails because a kernel has a limit (`simmp_fast.limits`).
 Asking for a backend that cannot run is an error that says why; nothing falls back in silence.
 """
 
@@ -11,20 +11,19 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import portable, reference
+from . import limits, portable, reference
 from .config import BACKENDS
+from .validation import product_dtype
 
 logger = logging.getLogger(__name__)
 
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "portable": portable}
-# What the kernels hold at once bounds these sizes: channels of a head, clusters of a bank, classes of the loss.
-WIDEST_HEAD, MOST_CLUSTERS, MOST_CLASSES = 256, 64, 32
 _UNTRIED = (
     "backend 'auto' takes the Triton kernels, which pass every test that needs no GPU and have not run on one yet "
     "(docs/environment.md); backend 'portable' does without them"
@@ -35,19 +34,60 @@ class BackendError(RuntimeError):
     """A backend was asked for that cannot run: says which, on what, and why."""
 
 
-@torch.compiler.assume_constant_result
+# Questions about the machine are constants to `torch.compile`. The constant is a plain function around the cache:
+# PyTorch 2.11 looks through a cache into what it holds, and cannot trace that.
+
+
 @functools.cache
-def _triton_missing() -> str | None:
-    """Why the kernels cannot run in this installation, whatever the device; None if they can."""
+def _find_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     return None
 
 
 @torch.compiler.assume_constant_result
+def _triton_missing() -> str | None:
+    """Why the kernels cannot run in this installation, whatever the device; None if they can."""
+    return _find_triton()
+
+
 @functools.cache
-def _capability(index: int) -> tuple[int, int]:
+def _find_capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int) -> tuple[int, int]:
+    return _find_capability(index)
+
+
+@functools.cache
+def _find_unserved(
+    operator: str, dtype: torch.dtype, precision: str, index: int
+) -> tuple[tuple[str, str, int, float], ...]:
+    from .kernels.configs import device_limits, unserved
+    from .kernels.launch import dtype_class
+
+    kind = dtype_class(dtype)  # follows `precision`, which is named so that it is asked again when that changes
+    return tuple(
+        (kernel, name, least, most)
+        for name, kernels in limits.LAUNCHES[operator].items()
+        for kernel in kernels
+        for least, most in unserved(kernel, kind, device_limits(index)[1])
+    )
+
+
+@torch.compiler.assume_constant_result
+def _unserved(operator: str, dtype: torch.dtype, index: int) -> tuple[tuple[str, str, int, float], ...]:
+    """Kernels of an operator for which the table has nothing that fits a device: kernel, name of its width, and the
+    widths it is about, more than the first up to the second number.
+    """
+    precision = torch.backends.cuda.matmul.fp32_precision if dtype == torch.float32 else ""
+    return _find_unserved(operator, dtype, precision, index)
+
+
+def _index(device: torch.device) -> int:
+    return device.index if device.index is not None else torch.cuda.current_device()
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
@@ -61,9 +101,26 @@ def why_not_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> 
         return "the kernels are written for NVIDIA GPUs"
     if dtype == torch.float64:
         return "the kernels take float32, bfloat16 and float16, not float64"
-    major, minor = _capability(device.index if device.index is not None else torch.cuda.current_device())
+    major, minor = _capability(_index(device))
     if major < 8:
         return f"the GPU has compute capability {major}.{minor}, the kernels need 8.0 or newer"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _rather_portable(operator: str, products: torch.dtype) -> str | None:
+    return limits.rather_portable(operator, products)
+
+
+def _why_no_room(
+    operator: str, device: torch.device, dtype: torch.dtype, widths: Callable[[], dict[str, int]]
+) -> str | None:
+    """Why the table has nothing for these widths on this device; None if it has."""
+    if device.type != "cuda":
+        return None
+    for kernel, name, least, most in _unserved(operator, dtype, _index(device)):
+        if name == "any" or least < widths()[name] <= most:
+            return f"no configuration of {kernel} fits the shared memory of {device}"
     return None
 
 
@@ -73,14 +130,25 @@ def _log_once(message: str) -> None:
 
 
 def choose_backend(
-    backend: str, device: torch.device, dtype: torch.dtype = torch.float32, too_large: str | None = None
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    too_large: Callable[[], str | None] = lambda: None,
+    *,
+    operator: str | None = None,
+    products: torch.dtype | None = None,
+    widths: Callable[[], dict[str, int]] = dict,
 ) -> str:
     """The backend that a call with `backend` takes on tensors of this device and dtype.
 
     Args:
         backend: one of `BACKENDS`.
         device, dtype: of the tensors.
-        too_large: what the kernels cannot hold of these tensors, in words; None if they can.
+        too_large: says what the kernels cannot hold of these tensors (`simmp_fast.limits`); None if they can. Asked
+            only where nothing else stands against them.
+        operator: its name, for what the table of configurations has for it; None does not ask the table.
+        products: dtype of its products, where that is not `dtype` (autocast).
+        widths: gives the sizes of the tensors by the names of `limits.LAUNCHES`.
 
     Raises:
         ValueError: `backend` is no backend's name.
@@ -90,16 +158,34 @@ def choose_backend(
         raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
     if backend in ("reference", "portable"):
         return backend
-    reason = why_not_triton(device, dtype) or too_large
+    products = dtype if products is None else products
+    reason = why_not_triton(device, dtype) or too_large()
+    if reason is None and operator is not None:
+        reason = _why_no_room(operator, device, products, widths)
     if backend == "triton" and reason is not None:
         raise BackendError(f"backend: 'triton' cannot run here: {reason}")
+    if backend == "auto" and reason is None and operator is not None:
+        reason = _rather_portable(operator, products)  # who asks for `triton` gets it all the same
     if device.type == "cuda" and backend == "auto" and not torch.compiler.is_compiling():
         _log_once(f"backend 'auto' takes portable: {reason}" if reason else _UNTRIED)
     return "triton" if reason is None else "portable"
 
 
-def _implementation(backend: str, tensor: Tensor, too_large: str | None = None) -> ModuleType:
-    return _module(choose_backend(backend, tensor.device, tensor.dtype, too_large))
+def _implementation(
+    backend: str,
+    operator: str,
+    tensor: Tensor,
+    too_large: Callable[[], str | None],
+    widths: Callable[[], dict[str, int]] = dict,
+    *,
+    autocast: bool = False,
+) -> ModuleType:
+    """`choose_backend` for an operator; `autocast` says that its products are taken in the dtype of autocast."""
+    device, dtype = tensor.device, tensor.dtype
+    products = product_dtype(tensor) if autocast and device.type == "cuda" else dtype
+    return _module(
+        choose_backend(backend, device, dtype, too_large, operator=operator, products=products, widths=widths)
+    )
 
 
 def _module(name: str) -> ModuleType:
@@ -110,30 +196,43 @@ def _module(name: str) -> ModuleType:
     return _IMPLEMENTATIONS[name]
 
 
-def _wide(tokens: Tensor, prototypes: Tensor | None = None) -> str | None:
-    """Why the kernels cannot hold these tokens or this bank; None if they can."""
-    if tokens.dim() == 3 and tokens.shape[-1] > WIDEST_HEAD:
-        return f"got {tokens.shape[-1]} channels a token, the kernels take at most {WIDEST_HEAD}"
-    if prototypes is not None and prototypes.dim() == 2 and prototypes.shape[0] > MOST_CLUSTERS:
-        return f"got {prototypes.shape[0]} clusters, the kernels take at most {MOST_CLUSTERS}"
-    return None
-
-
 def assign_clusters(query: Tensor, prototypes: Tensor, *, metric: str = "cosine", backend: str = "auto") -> Tensor:
     """The cluster of every token; see `simmp_fast.reference.assign_clusters`."""
-    return _implementation(backend, query, _wide(query, prototypes)).assign_clusters(query, prototypes, metric=metric)
+    implementation = _implementation(
+        backend,
+        "assign_clusters",
+        query,
+        lambda: limits.float64(prototypes=prototypes) or limits.assign_clusters(query, prototypes),
+        lambda: {"dim": limits.size(query, 2)},
+    )
+    return implementation.assign_clusters(query, prototypes, metric=metric)
 
 
 def context_attention(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto") -> Tensor:
     """Unscaled attention among the tokens of an image; see `simmp_fast.reference.context_attention`."""
-    return _implementation(backend, query, _wide(query)).context_attention(query, key, value)
+    implementation = _implementation(
+        backend,
+        "context_attention",
+        query,
+        lambda: limits.context_attention(query),
+        lambda: {"dim": limits.size(query, 2)},
+        autocast=True,
+    )
+    return implementation.context_attention(query, key, value)
 
 
 def memory_attention(
     query: Tensor, memory: Tensor, prototypes: Tensor, cluster: Tensor | None = None, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Attention of a token to the slots of its cluster; see `simmp_fast.reference.memory_attention`."""
-    implementation = _implementation(backend, query, _wide(query, prototypes))
+    implementation = _implementation(
+        backend,
+        "memory_attention",
+        query,
+        lambda: limits.float64(memory=memory) or limits.memory_attention(query, memory, prototypes),
+        lambda: {"dim": limits.size(query, 2)},
+        autocast=True,
+    )
     return implementation.memory_attention(query, memory, prototypes, cluster)
 
 
@@ -148,7 +247,14 @@ def memory_context_attention(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Context plus memory attention in one call; see `simmp_fast.reference.memory_context_attention`."""
-    implementation = _implementation(backend, query, _wide(query, prototypes))
+    implementation = _implementation(
+        backend,
+        "memory_context_attention",
+        query,
+        lambda: limits.float64(memory=memory) or limits.memory_attention(query, memory, prototypes),
+        lambda: {"dim": limits.size(query, 2)},
+        autocast=True,
+    )
     return implementation.memory_context_attention(query, key, value, memory, prototypes, cluster)
 
 
@@ -163,13 +269,26 @@ def update_memory(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The memory bank after a training step; see `simmp_fast.reference.update_memory`."""
-    implementation = _implementation(backend, tokens, _wide(tokens, prototypes))
+    implementation = _implementation(
+        backend,
+        "update_memory",
+        tokens,
+        lambda: limits.float64(memory=memory) or limits.update_memory(tokens, memory, prototypes),
+        lambda: {"dim": limits.size(tokens, 2), "slots": limits.size(memory, 1)},
+    )
     return implementation.update_memory(tokens, memory, prototypes, k, rate=rate, cluster=cluster)
 
 
 def window_similarity(x: Tensor, window: int, *, backend: str = "auto") -> Tensor:
     """Sum of cosines in every window of a feature map; see `simmp_fast.reference.window_similarity`."""
-    return _implementation(backend, x).window_similarity(x, window)
+    implementation = _implementation(
+        backend,
+        "window_similarity",
+        x,
+        lambda: limits.window_similarity(x, window),
+        lambda: {"channels": limits.size(x, 1)},
+    )
+    return implementation.window_similarity(x, window)
 
 
 def decay_weights(
@@ -183,12 +302,20 @@ def decay_weights(
     backend: str = "auto",
 ) -> Tensor:
     """Weights of the tokens in DS-GIM's projections; see `simmp_fast.reference.decay_weights`."""
-    return _implementation(backend, score).decay_weights(score, grid, window, gamma, variant, dtype)
+    implementation = _implementation(backend, "decay_weights", score, lambda: limits.decay_weights(score, grid))
+    return implementation.decay_weights(score, grid, window, gamma, variant, dtype)
 
 
 def split_threshold(query: Tensor, key: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Row means and far-set thresholds; see `simmp_fast.reference.split_threshold`."""
-    return _implementation(backend, query).split_threshold(query, key)
+    implementation = _implementation(
+        backend,
+        "split_threshold",
+        query,
+        lambda: limits.split(query),
+        lambda: {"tokens": limits.size(query, 1)},
+    )
+    return implementation.split_threshold(query, key)
 
 
 def split_attention(
@@ -202,16 +329,23 @@ def split_attention(
     backend: str = "auto",
 ) -> Tensor:
     """The two softmaxes over the far and the near set; see `simmp_fast.reference.split_attention`."""
-    implementation = _implementation(backend, query)
+    implementation = _implementation(
+        backend,
+        "split_attention",
+        query,
+        lambda: limits.split(query),
+        lambda: {"channels": limits.size(query, 2)},
+        autocast=True,
+    )
     return implementation.split_attention(query, key, value, row_mean, threshold, variant=variant)
 
 
 def loss_backend(heads: Sequence[Tensor], label: Tensor, backend: str = "auto") -> str:
     """The backend that `powerset_loss` takes; raises as `choose_backend`."""
     first = heads[0] if heads else label
-    many = heads and first.dim() == 4 and first.shape[1] > MOST_CLASSES
-    too_large = f"got {first.shape[1]} classes, the kernels take at most {MOST_CLASSES}" if many else None
-    return choose_backend(backend, first.device, first.dtype, too_large)
+    return choose_backend(
+        backend, first.device, first.dtype, lambda: limits.powerset_loss(heads, label), operator="powerset_loss"
+    )
 
 
 def powerset_loss(

@@ -19,7 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from . import hazards
 from .configs import SHARED_LIMITS, TARGETS, Config, lookup, rows, widths
+from .fences import fenced
 from .launch import FP_FUSION, dot_precision
 
 # What is compiled for a dtype class, by the names PyTorch uses; TF32 is float32 with another product.
@@ -67,12 +69,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Resources:
-    """What the machine code of a case needs: registers a thread, stack bytes a thread, shared bytes a block."""
+    """What the machine code of a case needs: registers a thread, stack bytes a thread, shared bytes a block.
+
+    `hazards` counts those of `hazards.Kind` by their names, zeros included, where it was looked for them: with `wgmma`.
+    """
 
     registers: int
     stack: int
     shared: int
     instructions: dict[str, int] = field(hash=False)
+    hazards: dict[str, int] = field(hash=False, default_factory=dict)
 
 
 Builder = Callable[[Config, str], Signature]
@@ -163,7 +169,8 @@ def compiled_kernel(case: Case) -> Any:
     source = ASTSource(how.kernel, types, constants, attributes)
     target = GPUTarget("cuda", case.capability[0] * 10 + case.capability[1], 32)
     options = {"num_warps": case.config.warps, "num_stages": case.config.stages, "enable_fp_fusion": FP_FUSION}
-    return triton.compile(source, target=target, options=options)
+    with fenced():
+        return triton.compile(source, target=target, options=options)
 
 
 def resources_of(compiled: Any, capability: tuple[int, int]) -> Resources:
@@ -174,7 +181,16 @@ def resources_of(compiled: Any, capability: tuple[int, int]) -> Resources:
     counts = {name: text.count(pattern) for name, pattern in patterns.items()}
     wanted = matrix_instructions(capability)
     counts[UNMATCHED] = sum(found not in wanted for found in half_products(compiled.asm["ttgir"]))
-    return Resources(registers, stack, compiled.metadata.shared, counts)
+    dangers = {}
+    if counts["wgmma"]:
+        kinds = [finding.kind for finding in hazards_of(compiled)]
+        dangers = {kind.value: kinds.count(kind) for kind in hazards.Kind}
+    return Resources(registers, stack, compiled.metadata.shared, counts, dangers)
+
+
+def hazards_of(compiled: Any) -> list[hazards.Finding]:
+    """The hazards in the machine code of a kernel that was compiled for Hopper."""
+    return hazards.check(hazards.disassemble(compiled.asm["cubin"]), compiled.metadata.num_warps)
 
 
 def matrix_instructions(capability: tuple[int, int]) -> tuple[str, ...]:
@@ -217,7 +233,7 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 def faults(case: Case, found: Resources) -> list[str]:
     """What a case breaks: stack beyond its allowance, shared memory beyond the row or device, a product in
-    half precision without the matrix instruction of the target."""
+    half precision without the matrix instruction of the target, a hazard around an asynchronous product."""
     wrong = []
     if found.stack > case.config.stack:
         wrong.append(f"{case.label}: stack of {found.stack} bytes, allowed {case.config.stack}")
@@ -233,4 +249,9 @@ def faults(case: Case, found: Resources) -> list[str]:
             wrong.append(f"{case.label}: no {' or '.join(wanted)} in its products")
     if found.instructions[UNMATCHED]:
         wrong.append(f"{case.label}: {found.instructions[UNMATCHED]} of its half-precision products by other means")
+    if found.instructions["wgmma"] and not found.hazards:
+        wrong.append(f"{case.label}: its machine code was not searched for hazards")
+    for kind, count in found.hazards.items():
+        if count:
+            wrong.append(f"{case.label}: {count} hazards of kind {kind}")
     return wrong

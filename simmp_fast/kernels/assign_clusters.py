@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import limits
 from ..validation import check_assign_clusters
 from .aot import POINTERS, Signature, register_kernel
 from .configs import Config, pick, register_table
@@ -56,6 +57,7 @@ def assign_clusters(query: Tensor, prototypes: Tensor, *, metric: str = "cosine"
         TypeError, ValueError: an argument of the wrong dtype, shape, device or choice.
     """
     check_assign_clusters(query, prototypes, metric)
+    limits.check(limits.assign_clusters(query, prototypes))
     return torch.ops.simmp_fast.assign_clusters(query.detach(), prototypes.detach(), metric)
 
 

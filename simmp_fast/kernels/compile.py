@@ -20,14 +20,27 @@ from pathlib import Path
 
 import triton
 
-from .aot import MATRIX, UNMATCHED, Case, Resources, compile_case, faults, fingerprint, plan
+from .aot import (
+    MATRIX,
+    UNMATCHED,
+    Case,
+    Resources,
+    compile_case,
+    compiled_kernel,
+    faults,
+    fingerprint,
+    hazards_of,
+    plan,
+)
+from .hazards import Kind
 
 MIX = (*MATRIX, UNMATCHED)
 REPORT = Path(__file__).parents[2] / "docs" / "kernels" / "resources.txt"
 HEADER = """Resources of the compiled kernels, by ahead-of-time compilation: not a measurement of speed.
 Regenerate: python -m simmp_fast.kernels.compile
 Columns: kernel, width class, dtype, target | tiles, warps, stages | registers a thread, stack and shared bytes | matrix
-instructions in the PTX ("unmatched": products of half precision by any other, none may be) | fingerprint of the source
+instructions in the PTX ("unmatched": products of half precision by any other, none may be), and with wgmma the
+hazards in the machine code, by kind ("hazards 0": none) | fingerprint of the source
 """
 
 
@@ -44,7 +57,10 @@ def version_line() -> str:
 def line(case: Case, found: Resources) -> str:
     """One case as the report prints it."""
     tiles = " ".join(f"{k}={v}" for k, v in case.config.tiles.items())
-    mix = " ".join(f"{name} {found.instructions[name]}" for name in MIX if found.instructions[name]) or "none"
+    counts = {name: found.instructions[name] for name in MIX} | found.hazards
+    mix = " ".join(f"{name} {count}" for name, count in counts.items() if count) or "none"
+    if found.hazards and not any(found.hazards.values()):
+        mix += " hazards 0"
     return (
         f"{case.label} | {tiles} warps {case.config.warps} stages {case.config.stages} | registers {found.registers} "
         f"stack {found.stack} shared {found.shared} | {mix} | {fingerprint(case)}"
@@ -55,10 +71,11 @@ def parse(text: str) -> Resources:
     """What a line of the report says."""
     numbers = text.split("|")[2].split()
     mix = text.split("|")[3].split()
-    counts = dict.fromkeys(MIX, 0)
-    if mix != ["none"]:
-        counts.update({name: int(count) for name, count in zip(mix[::2], mix[1::2], strict=True)})
-    return Resources(int(numbers[1]), int(numbers[3]), int(numbers[5]), counts)
+    said = {} if mix == ["none"] else {name: int(count) for name, count in zip(mix[::2], mix[1::2], strict=True)}
+    counts = {name: said.get(name, 0) for name in MIX}
+    looked = "hazards" in said or any(kind in said for kind in Kind)
+    hazards = {kind.value: said.get(kind, 0) for kind in Kind} if looked else {}
+    return Resources(int(numbers[1]), int(numbers[3]), int(numbers[5]), counts, hazards)
 
 
 def read_report(path: Path = REPORT) -> tuple[str, dict[str, str]]:
@@ -71,8 +88,11 @@ def read_report(path: Path = REPORT) -> tuple[str, dict[str, str]]:
 
 
 def is_current(case: Case, text: str | None) -> bool:
-    """Whether a line of the report was made from the code and configuration as they are."""
-    return text is not None and text.rsplit("| ", 1)[1] == fingerprint(case)
+    """Whether a line of the report was made from the code and configuration as they are, and searched for hazards."""
+    if text is None or text.rsplit("| ", 1)[1] != fingerprint(case):
+        return False
+    found = parse(text)
+    return bool(found.hazards) or not found.instructions["wgmma"]
 
 
 def _worker(index: int) -> Resources:
@@ -126,6 +146,8 @@ def main(arguments: list[str] | None = None) -> int:
         words = options.only.split()
         for case, found in compile_cases([c for c in cases if all(w in c.label for w in words)], options.jobs):
             print(line(case, found), flush=True)
+            if any(found.hazards.values()):
+                print(*hazards_of(compiled_kernel(case)), sep="\n", flush=True)
             wrong += faults(case, found)
     else:
         version, kept = read_report()

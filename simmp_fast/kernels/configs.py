@@ -5,19 +5,24 @@ Each family of kernels keeps its rows as text in its own `table.py` and calls `r
 kernel, the dtype class, the largest head dim (or other width) it serves, the compute capabilities it is for, the
 tile sizes, warps and pipeline stages, the shared memory it needs there, the stack a thread spills (0 unless
 explained) and where the row comes from. Lengths (N, B, T) are never a key: a step with another image size never
-meets an untried configuration. Rows that `tune` measured on a device stand in `measured.txt` and come first there.
+meets an untried configuration. Rows that `tune` measured on a device stand in `measured.txt` and come first there,
+under the Triton version they name: another one makes other machine code of them, with other registers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import triton
 
+# The version that a measured row belongs to: major and minor.
+VERSION = ".".join(triton.__version__.split(".")[:2])
 # Largest shared memory of one block by compute capability, in bytes (CUDA programming guide, table of capabilities).
 SHARED_LIMITS = {
     (8, 0): 163 * 1024,
@@ -44,7 +49,10 @@ DTYPE_CLASSES = ("half", "float32", "tf32", "any")
 
 @dataclass(frozen=True)
 class Config:
-    """One launch configuration: tile sizes by name, warps, stages, and what it was seen to need."""
+    """One launch configuration: tile sizes by name, warps, stages, and what it was seen to need.
+
+    `version` is that of Triton (major and minor) under which a row was measured; a pinned row is for any and has "".
+    """
 
     kernel: str
     dtype: str
@@ -57,6 +65,7 @@ class Config:
     stack: int
     provenance: str
     note: str = ""
+    version: str = ""
 
 
 _TABLES: dict[str, list[Config]] = {}
@@ -77,7 +86,10 @@ def _capabilities(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def _row(line: str) -> Config:
-    """``kernel dtype width capabilities NAME=n,NAME=n warps stages shared_KiB stack provenance [# note]``"""
+    """``kernel dtype width capabilities NAME=n,NAME=n warps stages shared_KiB stack provenance [# note]``
+
+    A measured row has its Triton version behind the capability: ``9.0@3.6``.
+    """
     body, _, note = line.partition("#")
     fields = body.split()
     if len(fields) != 10:
@@ -87,10 +99,16 @@ def _row(line: str) -> Config:
         raise ValueError(f"configuration row: got dtype {dtype!r} and provenance {provenance!r} in {line!r}")
     if int(stack) and not note.strip():
         raise ValueError(f"configuration row: got stack {stack} without a reason in {line!r}")
+    where, _, version = where.partition("@")
+    if bool(version) != (provenance == "measured"):
+        raise ValueError(
+            f"configuration row: got provenance {provenance!r} and Triton version {version!r} in {line!r}, expected a "
+            "version (9.0@3.6) in measured rows alone"
+        )
     sizes = {} if tiles == "-" else {k: int(v) for k, v in (t.split("=") for t in tiles.split(","))}
     return Config(
         kernel, dtype, int(width), _capabilities(where), sizes, int(warps), int(stages),
-        int(float(shared) * 1024), int(stack), provenance, note.strip(),
+        int(float(shared) * 1024), int(stack), provenance, note.strip(), version,
     )  # fmt: skip
 
 
@@ -128,7 +146,9 @@ def _distance(row: Config, capability: tuple[int, int]) -> tuple[int, int]:
 
 
 @functools.cache
-def lookup(kernel: str, dtype: str, width: int, capability: tuple[int, int], limit: int) -> Config:
+def lookup(
+    kernel: str, dtype: str, width: int, capability: tuple[int, int], limit: int, version: str = VERSION
+) -> Config:
     """The pinned configuration of a kernel for a width, on a device with `limit` bytes of shared memory a block.
 
     Args:
@@ -137,21 +157,45 @@ def lookup(kernel: str, dtype: str, width: int, capability: tuple[int, int], lim
         width: head dim (or what the kernel's table calls width); the smallest class that holds it is taken.
         capability: compute capability of the device.
         limit: shared memory a block may have there, bytes; a row that needs more is never returned.
+        version: of Triton; a row measured under another is never returned.
 
     Raises:
         ValueError: no class is wide enough, or nothing in the table fits the device.
     """
-    table = [row for row in rows(kernel) if row.dtype in (dtype, "any")]
     fitting = [w for w in widths(kernel, dtype) if w >= width]
     if not fitting:
         largest = max(widths(kernel, dtype), default=0)
         raise ValueError(f"{kernel}: got a width of {width} in {dtype}, expected at most {largest}")
-    allowed = [row for row in table if row.width == fitting[0] and row.shared <= limit]
+    allowed = _allowed(kernel, dtype, fitting[0], limit, version)
     if not allowed:
         raise ValueError(
             f"{kernel}: no configuration of width {fitting[0]} in {dtype} fits {limit} bytes of shared memory"
         )
     return min(allowed, key=lambda row: (_distance(row, capability), row.provenance != "measured"))
+
+
+def _allowed(kernel: str, dtype: str, width: int, limit: int, version: str) -> list[Config]:
+    """The rows of one shape class that may be taken on a device."""
+    return [
+        row
+        for row in rows(kernel)
+        if row.dtype in (dtype, "any") and row.width == width and row.shared <= limit and row.version in ("", version)
+    ]
+
+
+def unserved(kernel: str, dtype: str, limit: int, version: str = VERSION) -> list[tuple[int, float]]:
+    """The widths for which `lookup` would find nothing that fits: more than the first number, up to the second.
+
+    The last shape class counts without end: what is wider takes its row, or is refused by the kernel
+    (`simmp_fast.limits`). Arguments as in `lookup`.
+    """
+    classes = widths(kernel, dtype)
+    below, above = [0, *classes[:-1]], [*classes[:-1], math.inf]
+    return [
+        (least, most)
+        for least, width, most in zip(below, classes, above, strict=True)
+        if not _allowed(kernel, dtype, width, limit, version)
+    ]
 
 
 @functools.cache

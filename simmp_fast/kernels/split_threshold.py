@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import limits
 from ..validation import check_split_threshold
 from .aot import POINTERS, Signature, register_kernel
 from .configs import Config, pick, register_table
@@ -150,6 +151,7 @@ def split_threshold(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         TypeError, ValueError: an argument of the wrong dtype, shape or device.
     """
     check_split_threshold(query, key)
+    limits.check(limits.split(query))
     return torch.ops.simmp_fast.split_threshold(query.detach(), key.detach())
 
 

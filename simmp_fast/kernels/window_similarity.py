@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import limits
 from ..validation import check_decay_weights, check_window_similarity
 from .aot import POINTERS, Signature, register_kernel
 from .configs import Config, pick, register_table
@@ -84,6 +85,7 @@ def window_similarity(x: Tensor, window: int) -> Tensor:
         TypeError, ValueError: an argument of the wrong dtype, shape or device; a window that does not divide the grid.
     """
     check_window_similarity(x, window)
+    limits.check(limits.window_similarity(x, window))
     return torch.ops.simmp_fast.window_similarity(x.detach(), window)
 
 
@@ -161,6 +163,7 @@ def decay_weights(
         TypeError, ValueError: an argument of the wrong dtype, shape, device or choice.
     """
     check_decay_weights(score, grid, window, variant)
+    limits.check(limits.decay_weights(score, grid))
     return torch.ops.simmp_fast.decay_weights(score.detach(), *grid, window, gamma, variant == "released", dtype)
 
 

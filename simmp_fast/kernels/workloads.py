@@ -10,8 +10,15 @@ from torch import Tensor
 
 Run = Callable[[], list[Tensor]]
 BATCH, SLOTS, CLUSTERS = 20, 100, 9
-# Tokens of the largest block of the network; heads of 192 channels have a quarter of them.
+# Tokens of the network's largest blocks, and the part of them that the largest block has in which a kernel runs at a
+# width: context and memory together only where the context is not reassociated, that is from 14x14 tokens down, and in
+# the decoder, at 128 channels, from 28x28; memory alone in the larger ones.
 LARGEST = 3136
+PARTS = {
+    "context": {128: 4, 192: 4, 256: 16},
+    "memory": {192: 4},
+    "memory_context": {128: 4, 192: 4, 256: 16},
+}
 # More tokens than one program of the split's threshold holds.
 LONG = 4096
 HEADS, LABEL = (7, 14, 28, 56), 256
@@ -37,7 +44,7 @@ def _run(function: Callable[[], Tensor], leaves: list[Tensor], backward: bool) -
 
 
 def _attention(kernels: Any, name: str, backward: bool, width: int, dtype: torch.dtype, device: torch.device) -> Run:
-    tokens = LARGEST // 4 if width == 192 else LARGEST
+    tokens = max(1, LARGEST // PARTS[name].get(width, 1))
     leaves = [
         _normal(BATCH, tokens, width, dtype=dtype, device=device, scale=width**-0.25).requires_grad_() for _ in range(3)
     ]

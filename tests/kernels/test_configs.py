@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("triton")
 
 import simmp_fast.kernels  # noqa: F401  (fills the table)
-from simmp_fast.kernels.configs import SHARED_LIMITS, TARGETS, lookup, register_table, rows, widths
+from simmp_fast.kernels.configs import SHARED_LIMITS, TARGETS, lookup, register_table, rows, unserved, widths
 
 ROWS = rows()
 
@@ -28,6 +28,22 @@ def test_a_device_with_little_memory_gets_a_frugal_row_or_an_error() -> None:
     assert found.shared <= 99 * 1024
     with pytest.raises(ValueError, match="context_forward: no configuration of width 256 in half fits 1000 bytes"):
         lookup("context_forward", "half", 256, (9, 0), 1000)
+
+
+@pytest.mark.parametrize("limit", [0, 1000, 40 * 1024, 64 * 1024, 99 * 1024, 227 * 1024])
+def test_the_table_says_beforehand_where_the_lookup_finds_nothing(limit: int) -> None:
+    for kernel in {row.kernel for row in ROWS}:
+        for kind in ("half", "float32", "tf32"):
+            missing = unserved(kernel, kind, limit)
+            for width in widths(kernel, kind):
+                refused = any(least < width <= most for least, most in missing)
+                try:
+                    lookup(kernel, kind, width, (9, 0), limit)
+                except ValueError:
+                    assert refused
+                else:
+                    assert not refused
+    assert limit < 99 * 1024 or not missing
 
 
 def test_wider_than_the_table_is_an_error() -> None:
@@ -56,6 +72,8 @@ def test_every_target_is_served_exactly() -> None:
         ("x half 64 all A=1 4 2 16 0", "got 9 columns"),
         ("x int8 64 all A=1 4 2 16 0 measured", "got dtype 'int8'"),
         ("x half 64 all A=1 4 2 16 8 measured", "got stack 8 without a reason"),
+        ("x half 64 9.0 A=1 4 2 16 0 measured", "got provenance 'measured' and Triton version ''"),
+        ("x half 64 9.0@3.6 A=1 4 2 16 0 ahead-of-time", "and Triton version '3.6'"),
     ],
 )
 def test_a_bad_row_is_an_error(line: str, message: str) -> None:

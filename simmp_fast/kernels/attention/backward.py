@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..rounding import operand
 from .tiles import exponential, load_again, load_rows, next_cluster, product, store_rows
 
 
@@ -26,18 +27,18 @@ def _query_step(
     DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """What one tile of keys and values adds to the gradient of the queries."""
-    key_a = load_rows(key, rows, stride_k, valid, 0, DIM_A, DIM, MASKED)
-    value_a = load_rows(value, rows, stride_v, valid, 0, DIM_A, DIM, MASKED)
+    key_a = load_rows(key, rows, stride_k, valid, 0, DIM_A, DIM, PRECISION, MASKED)
+    value_a = load_rows(value, rows, stride_v, valid, 0, DIM_A, DIM, PRECISION, MASKED)
     key_b, value_b = key_a, value_a
     if DIM_B:
-        key_b = load_rows(key, rows, stride_k, valid, DIM_A, DIM_B, DIM, MASKED)
-        value_b = load_rows(value, rows, stride_v, valid, DIM_A, DIM_B, DIM, MASKED)
+        key_b = load_rows(key, rows, stride_k, valid, DIM_A, DIM_B, DIM, PRECISION, MASKED)
+        value_b = load_rows(value, rows, stride_v, valid, DIM_A, DIM_B, DIM, PRECISION, MASKED)
     score = product(q_a, q_b, key_a, key_b, DIM_B, PRECISION)
     weight = exponential(score - best[:, None]) * inverse[:, None]
     if MASKED:
         weight = tl.where(valid[None, :], weight, 0.0)
     slope = product(grad_a, grad_b, value_a, value_b, DIM_B, PRECISION)
-    slope = (weight * (slope - delta[:, None])).to(key_a.dtype)
+    slope = operand((weight * (slope - delta[:, None])).to(key_a.dtype), PRECISION)
     dq_a = tl.dot(slope, key_a, dq_a, input_precision=PRECISION)
     if DIM_B:
         dq_b = tl.dot(slope, key_b, dq_b, input_precision=PRECISION)
@@ -50,12 +51,12 @@ def _delta_step(
     DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What one tile of keys and values adds to the weights' sum and to the row deltas, both before normalisation."""
-    key_a = load_rows(key, rows, stride_k, valid, 0, DIM_A, DIM, True)
-    value_a = load_rows(value, rows, stride_v, valid, 0, DIM_A, DIM, True)
+    key_a = load_rows(key, rows, stride_k, valid, 0, DIM_A, DIM, PRECISION, True)
+    value_a = load_rows(value, rows, stride_v, valid, 0, DIM_A, DIM, PRECISION, True)
     key_b, value_b = key_a, value_a
     if DIM_B:
-        key_b = load_rows(key, rows, stride_k, valid, DIM_A, DIM_B, DIM, True)
-        value_b = load_rows(value, rows, stride_v, valid, DIM_A, DIM_B, DIM, True)
+        key_b = load_rows(key, rows, stride_k, valid, DIM_A, DIM_B, DIM, PRECISION, True)
+        value_b = load_rows(value, rows, stride_v, valid, DIM_A, DIM_B, DIM, PRECISION, True)
     weight = exponential(product(q_a, q_b, key_a, key_b, DIM_B, PRECISION) - best[:, None])
     weight = tl.where(valid[None, :], weight, 0.0)
     slope = product(grad_a, grad_b, value_a, value_b, DIM_B, PRECISION)
@@ -71,10 +72,10 @@ def _slot_weights(
     row = tl.arange(0, BLOCK_S)
     valid = first + row < count
     base = bank + first * DIM
-    slot_a = load_rows(base, row, DIM, valid, 0, DIM_A, DIM, True)
+    slot_a = load_rows(base, row, DIM, valid, 0, DIM_A, DIM, PRECISION, True)
     slot_b = slot_a
     if DIM_B:
-        slot_b = load_rows(base, row, DIM, valid, DIM_A, DIM_B, DIM, True)
+        slot_b = load_rows(base, row, DIM, valid, DIM_A, DIM_B, DIM, PRECISION, True)
     # Without tensor cores both products of a part come before the other part, so that it leaves the registers once.
     SINGLE: tl.constexpr = slot_a.dtype == tl.float32 and PRECISION == "ieee"
     if SINGLE:
@@ -110,13 +111,13 @@ def attention_backward_query(
     query += image * query_b + start.to(tl.int64) * query_n
     grad += image * grad_b + start.to(tl.int64) * grad_n
     first = image * tokens + start
-    q_a = load_rows(query, row, query_n, valid, 0, DIM_A, DIM, True)
-    g_a = load_rows(grad, row, grad_n, valid, 0, DIM_A, DIM, True)
+    q_a = load_rows(query, row, query_n, valid, 0, DIM_A, DIM, PRECISION, True)
+    g_a = load_rows(grad, row, grad_n, valid, 0, DIM_A, DIM, PRECISION, True)
     dq_a = tl.zeros([BLOCK_M, DIM_A], tl.float32)
     q_b, g_b, dq_b = q_a, g_a, dq_a
     if DIM_B:
-        q_b = load_rows(query, row, query_n, valid, DIM_A, DIM_B, DIM, True)
-        g_b = load_rows(grad, row, grad_n, valid, DIM_A, DIM_B, DIM, True)
+        q_b = load_rows(query, row, query_n, valid, DIM_A, DIM_B, DIM, PRECISION, True)
+        g_b = load_rows(grad, row, grad_n, valid, DIM_A, DIM_B, DIM, PRECISION, True)
         dq_b = tl.zeros([BLOCK_M, DIM_B], tl.float32)
 
     if CONTEXT:
@@ -140,9 +141,9 @@ def attention_backward_query(
         else:
             inverse = 1 / tl.load(context_lse + (first + row) * 2 + 1, mask=valid, other=1.0)
             context += first * DIM
-            row_delta = tl.sum(g_a.to(tl.float32) * load_rows(context, row, DIM, valid, 0, DIM_A, DIM, True), 1)
+            row_delta = tl.sum(g_a.to(tl.float32) * load_rows(context, row, DIM, valid, 0, DIM_A, DIM, "ieee", True), 1)
             if DIM_B:
-                more = load_rows(context, row, DIM, valid, DIM_A, DIM_B, DIM, True)
+                more = load_rows(context, row, DIM, valid, DIM_A, DIM_B, DIM, "ieee", True)
                 row_delta += tl.sum(g_b.to(tl.float32) * more, 1)
         tl.store(delta + first + row, row_delta, mask=valid)
         whole = tokens // BLOCK_N * BLOCK_N
@@ -153,8 +154,8 @@ def attention_backward_query(
             )  # fmt: skip
             key += BLOCK_N * key_n
             value += BLOCK_N * value_n
-        q_a, q_b = load_again(q_a, q_b, query, row, query_n, valid, DIM, DIM_A, DIM_B)
-        g_a, g_b = load_again(g_a, g_b, grad, row, grad_n, valid, DIM, DIM_A, DIM_B)
+        q_a, q_b = load_again(q_a, q_b, query, row, query_n, valid, DIM, DIM_A, DIM_B, PRECISION)
+        g_a, g_b = load_again(g_a, g_b, grad, row, grad_n, valid, DIM, DIM_A, DIM_B, PRECISION)
         if whole < tokens:
             dq_a, dq_b = _query_step(
                 q_a, q_b, g_a, g_b, key, value, column, key_n, value_n, whole + column < tokens, best, inverse,
@@ -184,7 +185,8 @@ def attention_backward_query(
                 weight, slope, slot_a, slot_b = _slot_weights(
                     bank, at, slots, q_a, q_b, g_a, g_b, log_sum, member, DIM, DIM_A, DIM_B, BLOCK_S, PRECISION
                 )
-                slope = (weight * inverse[:, None] * (slope - row_delta[:, None])).to(slot_a.dtype)
+                slope = weight * inverse[:, None] * (slope - row_delta[:, None])
+                slope = operand(slope.to(slot_a.dtype), PRECISION)
                 dq_a = tl.dot(slope, slot_a, dq_a, input_precision=PRECISION)
                 if DIM_B:
                     dq_b = tl.dot(slope, slot_b, dq_b, input_precision=PRECISION)
@@ -202,12 +204,12 @@ def _key_value_step(
     DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """What one tile of queries adds to the gradients of the keys and values."""
-    q_a = load_rows(query, rows, stride_q, valid, 0, DIM_A, DIM, MASKED)
-    g_a = load_rows(grad, rows, stride_g, valid, 0, DIM_A, DIM, MASKED)
+    q_a = load_rows(query, rows, stride_q, valid, 0, DIM_A, DIM, PRECISION, MASKED)
+    g_a = load_rows(grad, rows, stride_g, valid, 0, DIM_A, DIM, PRECISION, MASKED)
     q_b, g_b = q_a, g_a
     if DIM_B:
-        q_b = load_rows(query, rows, stride_q, valid, DIM_A, DIM_B, DIM, MASKED)
-        g_b = load_rows(grad, rows, stride_g, valid, DIM_A, DIM_B, DIM, MASKED)
+        q_b = load_rows(query, rows, stride_q, valid, DIM_A, DIM_B, DIM, PRECISION, MASKED)
+        g_b = load_rows(grad, rows, stride_g, valid, DIM_A, DIM_B, DIM, PRECISION, MASKED)
     if MASKED:
         best = tl.load(log_sums + rows * 2, mask=valid, other=0.0)
         total = tl.load(log_sums + rows * 2 + 1, mask=valid, other=1.0)
@@ -221,8 +223,8 @@ def _key_value_step(
     if MASKED:
         weight = tl.where(valid[None, :], weight, 0.0)
     slope = product(value_a, value_b, g_a, g_b, DIM_B, PRECISION)
-    slope = (weight * (slope - delta[None, :])).to(q_a.dtype)
-    weight = weight.to(g_a.dtype)
+    slope = operand((weight * (slope - delta[None, :])).to(q_a.dtype), PRECISION)
+    weight = operand(weight.to(g_a.dtype), PRECISION)
     dv_a = tl.dot(weight, g_a, dv_a, input_precision=PRECISION)
     dk_a = tl.dot(slope, q_a, dk_a, input_precision=PRECISION)
     if DIM_B:
@@ -247,14 +249,14 @@ def attention_backward_key_value(
     key += image * key_b + start.to(tl.int64) * key_n
     value += image * value_b + start.to(tl.int64) * value_n
     first = image * tokens + start
-    k_a = load_rows(key, row, key_n, valid, 0, DIM_A, DIM, True)
-    v_a = load_rows(value, row, value_n, valid, 0, DIM_A, DIM, True)
+    k_a = load_rows(key, row, key_n, valid, 0, DIM_A, DIM, PRECISION, True)
+    v_a = load_rows(value, row, value_n, valid, 0, DIM_A, DIM, PRECISION, True)
     dk_a = tl.zeros([BLOCK_N, DIM_A], tl.float32)
     dv_a = tl.zeros([BLOCK_N, DIM_A], tl.float32)
     k_b, v_b, dk_b, dv_b = k_a, v_a, dk_a, dv_a
     if DIM_B:
-        k_b = load_rows(key, row, key_n, valid, DIM_A, DIM_B, DIM, True)
-        v_b = load_rows(value, row, value_n, valid, DIM_A, DIM_B, DIM, True)
+        k_b = load_rows(key, row, key_n, valid, DIM_A, DIM_B, DIM, PRECISION, True)
+        v_b = load_rows(value, row, value_n, valid, DIM_A, DIM_B, DIM, PRECISION, True)
         dk_b = tl.zeros([BLOCK_N, DIM_B], tl.float32)
         dv_b = tl.zeros([BLOCK_N, DIM_B], tl.float32)
     query += image * query_b
@@ -270,8 +272,8 @@ def attention_backward_key_value(
         )  # fmt: skip
         query += BLOCK_M * query_n
         grad += BLOCK_M * grad_n
-    k_a, k_b = load_again(k_a, k_b, key, row, key_n, valid, DIM, DIM_A, DIM_B)
-    v_a, v_b = load_again(v_a, v_b, value, row, value_n, valid, DIM, DIM_A, DIM_B)
+    k_a, k_b = load_again(k_a, k_b, key, row, key_n, valid, DIM, DIM_A, DIM_B, PRECISION)
+    v_a, v_b = load_again(v_a, v_b, value, row, value_n, valid, DIM, DIM_A, DIM_B, PRECISION)
     if whole < tokens:
         dk_a, dk_b, dv_a, dv_b = _key_value_step(
             k_a, k_b, v_a, v_b, query, grad, line, query_n, grad_n, whole + line < tokens, context_lse + whole * 2,

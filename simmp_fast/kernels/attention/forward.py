@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ..matching import CHUNK, nearest_prototype
+from ..rounding import operand
 from .tiles import exponential, load_again, load_rows, next_cluster, product, store_rows
 
 
@@ -25,10 +26,10 @@ def _context_step(
     DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys and values through the online softmax."""
-    key_a = load_rows(key, rows, stride_k, valid, 0, DIM_A, DIM, MASKED)
+    key_a = load_rows(key, rows, stride_k, valid, 0, DIM_A, DIM, PRECISION, MASKED)
     key_b = key_a
     if DIM_B:
-        key_b = load_rows(key, rows, stride_k, valid, DIM_A, DIM_B, DIM, MASKED)
+        key_b = load_rows(key, rows, stride_k, valid, DIM_A, DIM_B, DIM, PRECISION, MASKED)
     score = product(query_a, query_b, key_a, key_b, DIM_B, PRECISION)
     if MASKED:
         score = tl.where(valid[None, :], score, -float("inf"))
@@ -36,11 +37,11 @@ def _context_step(
     weight = exponential(score - higher[:, None])
     shrink = exponential(best - higher)
     total = total * shrink + tl.sum(weight, 1)
-    value_a = load_rows(value, rows, stride_v, valid, 0, DIM_A, DIM, MASKED)
-    weight = weight.to(value_a.dtype)
+    value_a = load_rows(value, rows, stride_v, valid, 0, DIM_A, DIM, PRECISION, MASKED)
+    weight = operand(weight.to(value_a.dtype), PRECISION)
     out_a = tl.dot(weight, value_a, out_a * shrink[:, None], input_precision=PRECISION)
     if DIM_B:
-        value_b = load_rows(value, rows, stride_v, valid, DIM_A, DIM_B, DIM, MASKED)
+        value_b = load_rows(value, rows, stride_v, valid, DIM_A, DIM_B, DIM, PRECISION, MASKED)
         out_b = tl.dot(weight, value_b, out_b * shrink[:, None], input_precision=PRECISION)
     return higher, total, out_a, out_b
 
@@ -54,10 +55,10 @@ def _slot_tile(
     row = tl.arange(0, BLOCK_S)
     valid = first + row < count
     base = slots + first * DIM
-    slot_a = load_rows(base, row, DIM, valid, 0, DIM_A, DIM, True)
+    slot_a = load_rows(base, row, DIM, valid, 0, DIM_A, DIM, PRECISION, True)
     slot_b = slot_a
     if DIM_B:
-        slot_b = load_rows(base, row, DIM, valid, DIM_A, DIM_B, DIM, True)
+        slot_b = load_rows(base, row, DIM, valid, DIM_A, DIM_B, DIM, PRECISION, True)
     score = product(query_a, query_b, slot_a, slot_b, DIM_B, PRECISION)
     return tl.where(valid[None, :], score, -float("inf")), slot_a, slot_b
 
@@ -88,10 +89,10 @@ def attention_forward(
         else:
             owner = tl.load(cluster + first + row, mask=valid, other=0).to(tl.int32)
         owner = tl.where(valid, owner, clusters)
-    q_a = load_rows(query, row, query_n, valid, 0, DIM_A, DIM, True)
+    q_a = load_rows(query, row, query_n, valid, 0, DIM_A, DIM, PRECISION, True)
     q_b = q_a
     if DIM_B:
-        q_b = load_rows(query, row, query_n, valid, DIM_A, DIM_B, DIM, True)
+        q_b = load_rows(query, row, query_n, valid, DIM_A, DIM_B, DIM, PRECISION, True)
     out_a = tl.zeros([BLOCK_M, DIM_A], tl.float32)
     out_b = out_a
     if DIM_B:
@@ -111,7 +112,7 @@ def attention_forward(
             )  # fmt: skip
             key += BLOCK_N * key_n
             value += BLOCK_N * value_n
-        q_a, q_b = load_again(q_a, q_b, query, row, query_n, valid, DIM, DIM_A, DIM_B)
+        q_a, q_b = load_again(q_a, q_b, query, row, query_n, valid, DIM, DIM_A, DIM_B, PRECISION)
         if whole < tokens:
             best, total, out_a, out_b = _context_step(
                 q_a, q_b, key, value, column, key_n, value_n, whole + column < tokens, best, total, out_a, out_b,
@@ -145,7 +146,8 @@ def attention_forward(
             inverse = tl.where(member, 1 / total, 0.0)
             for at in tl.range(0, slots, BLOCK_S, disable_licm=not HOIST):
                 score, slot_a, slot_b = _slot_tile(bank, at, slots, q_a, q_b, DIM, DIM_A, DIM_B, BLOCK_S, PRECISION)
-                weight = (exponential(score - best[:, None]) * inverse[:, None]).to(slot_a.dtype)
+                weight = exponential(score - best[:, None]) * inverse[:, None]
+                weight = operand(weight.to(slot_a.dtype), PRECISION)
                 out_a = tl.dot(weight, slot_a, out_a, input_precision=PRECISION)
                 if DIM_B:
                     out_b = tl.dot(weight, slot_b, out_b, input_precision=PRECISION)

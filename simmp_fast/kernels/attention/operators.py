@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import limits
 from ...validation import check_bank, check_context_attention
 from ..assign_clusters import match_clusters
 from ..configs import pick
@@ -31,6 +32,7 @@ def context_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         TypeError, ValueError: an argument of the wrong dtype, shape or device.
     """
     check_context_attention(query, key, value)
+    limits.check(limits.context_attention(query))
     return torch.ops.simmp_fast.context_attention(query, key, value, _wants_grad(query, key, value))[0]
 
 
@@ -53,6 +55,7 @@ def memory_attention(
         TypeError, ValueError: an argument of the wrong dtype, shape or device.
     """
     check_bank("query", query, memory, prototypes, cluster)
+    limits.check(limits.memory_attention(query, memory, prototypes))
     save = _wants_grad(query)
     out, matched, _ = torch.ops.simmp_fast.memory_attention(query, memory, prototypes, cluster, save)
     return out, matched if cluster is None else cluster
@@ -77,6 +80,7 @@ def memory_context_attention(
     """
     check_context_attention(query, key, value)
     check_bank("query", query, memory, prototypes, cluster)
+    limits.check(limits.memory_attention(query, memory, prototypes))
     save = _wants_grad(query, key, value)
     found = torch.ops.simmp_fast.memory_context_attention(query, key, value, memory, prototypes, cluster, save)
     return found[0], found[1] if cluster is None else cluster

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..rounding import operand
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -35,9 +37,13 @@ def exponential(x):
 @triton.jit
 def load_rows(
     base, rows, stride_n, valid,
-    FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, MASKED: tl.constexpr, LAST: tl.constexpr = False,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    LAST: tl.constexpr = False,
 ):  # fmt: skip
-    """``[rows, WIDTH]``: channels FIRST.. of rows of `base`; 0 past DIM, and where not `valid` if MASKED."""
+    """``[rows, WIDTH]``: channels FIRST.. of rows of `base`; 0 past DIM, and where not `valid` if MASKED.
+
+    As products of this precision take them.
+    """
     column = FIRST + tl.arange(0, WIDTH)
     pointers = base + rows[:, None] * stride_n + column[None, :]
     policy: tl.constexpr = "evict_first" if LAST else ""
@@ -47,12 +53,13 @@ def load_rows(
         tile = tl.load(pointers, mask=valid[:, None], other=0.0, eviction_policy=policy)
     else:
         tile = tl.load(pointers, eviction_policy=policy)
-    return tile
+    return operand(tile, PRECISION)
 
 
 @triton.jit
 def load_again(
-    part_a, part_b, base, rows, stride_n, valid, DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr
+    part_a, part_b, base, rows, stride_n, valid,
+    DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Both parts of a tile behind a loop that used them: float32 is read anew.
 
@@ -60,10 +67,10 @@ def load_again(
     registers. The other eviction policy keeps this load from being joined with the first.
     """
     if base.dtype.element_ty == tl.float32:
-        part_a = load_rows(base, rows, stride_n, valid, 0, DIM_A, DIM, True, True)
+        part_a = load_rows(base, rows, stride_n, valid, 0, DIM_A, DIM, PRECISION, True, True)
         part_b = part_a
         if DIM_B:
-            part_b = load_rows(base, rows, stride_n, valid, DIM_A, DIM_B, DIM, True, True)
+            part_b = load_rows(base, rows, stride_n, valid, DIM_A, DIM_B, DIM, PRECISION, True, True)
     return part_a, part_b
 
 

@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import limits
 from ...validation import check_powerset_loss
 from ..configs import pick
 from ..launch import check_launchable, launch
 from ..register import autograd, flops, operator
 from .geometry import same_grid, tiling
 from .table import KERNELS, padded_classes
-
-LARGEST_SIDE = 32767  # beyond it the kernels' whole-number bilinear sources would overflow 32 bits
-MOST_CLASSES = 32
 
 
 def powerset_loss(
@@ -47,12 +45,7 @@ def powerset_loss(
         TypeError, ValueError: an argument of the wrong dtype, shape or device.
     """
     check_powerset_loss(heads, label)
-    if heads[0].shape[1] > MOST_CLASSES:
-        raise ValueError(f"heads[0]: got {heads[0].shape[1]} classes, expected at most {MOST_CLASSES} (Triton kernels)")
-    if max(label.shape[1:]) > LARGEST_SIDE:
-        raise ValueError(
-            f"label: got shape {list(label.shape)}, expected sides of at most {LARGEST_SIDE} (Triton kernels)"
-        )
+    limits.check(limits.powerset_loss(heads, label))
     return torch.ops.simmp_fast.powerset_loss(list(heads), label, ce_weight, dice_weight, smooth, None)[0]
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..rounding import operand
 from ..tuples import append, zero_tiles
 from .tiles import (
     FILL,
@@ -88,10 +89,11 @@ def split_attention_query_backward(
             else:
                 gradient = score_gradient(
                     raw, far, near, in_far, in_near, inner, far_delta[:, None], near_delta[:, None]
-                ).to(key.dtype.element_ty)
+                )
+                gradient = operand(gradient.to(key.dtype.element_ty), PRECISION)
                 updated = ()
                 for i in tl.static_range(GROUP):
-                    k = load_chunk(keys, valid, group * GROUP + i, CHANNELS, BLOCK_C)
+                    k = load_chunk(keys, valid, group * GROUP + i, CHANNELS, BLOCK_C, PRECISION)
                     updated = append(updated, tl.dot(gradient, k, accumulators[i], input_precision=PRECISION))
                 accumulators = updated
 
@@ -150,10 +152,10 @@ def _key_side(
             near_delta = tl.load(deltas + place + plane, mask=row_valid, other=0.0)[:, None]
             factor = score_gradient(raw, far, near, in_far, in_near, inner, far_delta, near_delta)
             partner = queries
-        factor = tl.trans(factor.to(query.dtype.element_ty))
+        factor = tl.trans(operand(factor.to(query.dtype.element_ty), PRECISION))
         updated = ()
         for i in tl.static_range(GROUP):
-            chunk = load_chunk(partner, row_valid, group * GROUP + i, CHANNELS, BLOCK_C)
+            chunk = load_chunk(partner, row_valid, group * GROUP + i, CHANNELS, BLOCK_C, PRECISION)
             updated = append(updated, tl.dot(factor, chunk, accumulators[i], input_precision=PRECISION))
         accumulators = updated
 

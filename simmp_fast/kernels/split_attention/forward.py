@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..rounding import operand
 from ..tuples import append, zero_tiles
 from .tiles import FILL, both_sets, dot_tile, exponentials, load_chunk, softmax_weights, store_chunk, token_pointers
 
@@ -97,11 +98,11 @@ def split_attention_forward(
         in_far, in_near = softmax_weights(
             scores, far, near, both, far_max[:, None], far_inverse, near_max[:, None], near_inverse, RELEASED
         )
-        weights = (in_far + in_near).to(value.dtype.element_ty)
+        weights = operand((in_far + in_near).to(value.dtype.element_ty), PRECISION)
         values = token_pointers(value, image, columns, value_b, value_n)
         updated = ()
         for i in tl.static_range(GROUP):
-            v = load_chunk(values, valid, group * GROUP + i, CHANNELS, BLOCK_C)
+            v = load_chunk(values, valid, group * GROUP + i, CHANNELS, BLOCK_C, PRECISION)
             updated = append(updated, tl.dot(weights, v, accumulators[i], input_precision=PRECISION))
         accumulators = updated
 

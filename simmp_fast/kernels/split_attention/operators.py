@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import limits
 from ...validation import check_split_attention
 from ..configs import Config, pick
 from ..launch import check_launchable, dot_precision, dtype_class, launch, rows_contiguous
@@ -24,7 +25,7 @@ def split_attention(
     ``t_i >= 1`` is all tokens. Memory is linear in N; gradients are deterministic.
 
     Args:
-        query, key, value: ``[B, N, C]``, one of float32, bfloat16, float16; any C.
+        query, key, value: ``[B, N, C]``, one of float32, bfloat16, float16; C up to 65536.
         row_mean, threshold: ``[B, N]`` from `split_threshold`, compared in their own dtype.
         variant: ``"paper"`` or ``"released"``.
 
@@ -36,6 +37,7 @@ def split_attention(
         TypeError, ValueError: an argument of the wrong dtype, shape, device or choice.
     """
     check_split_attention(query, key, value, row_mean, threshold, variant)
+    limits.check(limits.split(query))
     split = row_mean.detach(), threshold.detach()
     return torch.ops.simmp_fast.split_attention(query, key, value, *split, variant == "released")[0]
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..rounding import operand
+
 FILL = tl.constexpr(-100.0)  # the score outside a set, and in place of a score that is exactly 0
 
 
@@ -18,13 +20,15 @@ def token_pointers(base, image, tokens, stride_b, stride_n):
 
 
 @triton.jit
-def load_chunk(pointers, valid, chunk, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """``[tokens, BLOCK_C]``: the channels of one chunk, 0 past the last token and the last channel."""
+def load_chunk(pointers, valid, chunk, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
+    """``[tokens, BLOCK_C]``: the channels of one chunk as products of this precision take them, 0 past the last
+    token and the last channel.
+    """
     channel = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = valid[:, None]
     if CHANNELS % BLOCK_C != 0:
         mask = mask & (channel < CHANNELS)[None, :]
-    return tl.load(pointers[:, None] + channel[None, :], mask=mask, other=0.0)
+    return operand(tl.load(pointers[:, None] + channel[None, :], mask=mask, other=0.0), PRECISION)
 
 
 @triton.jit
@@ -46,8 +50,8 @@ def dot_tile(
     """
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for chunk in range(tl.cdiv(CHANNELS, BLOCK_K)):
-        a = load_chunk(left, left_valid, chunk, CHANNELS, BLOCK_K)
-        b = load_chunk(right, right_valid, chunk, CHANNELS, BLOCK_K)
+        a = load_chunk(left, left_valid, chunk, CHANNELS, BLOCK_K, PRECISION)
+        b = load_chunk(right, right_valid, chunk, CHANNELS, BLOCK_K, PRECISION)
         total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
     return total
 

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ... import limits
 from ...validation import check_update_memory
 from ..aot import POINTERS, Signature, register_kernel
 from ..configs import Config, pick, register_table
@@ -61,6 +62,7 @@ def update_memory(
         TypeError, ValueError: an argument of the wrong dtype, shape or device, or an int `k` outside 1..M.
     """
     check_update_memory(tokens, memory, prototypes, k, rate, cluster)
+    limits.check(limits.update_memory(tokens, memory, prototypes))
     on_device, number = (k, 0) if isinstance(k, Tensor) else (None, k)
     tokens, memory, prototypes = tokens.detach(), memory.detach(), prototypes.detach()
     found = torch.ops.simmp_fast.update_memory(tokens, memory, prototypes, on_device, number, float(rate), cluster)

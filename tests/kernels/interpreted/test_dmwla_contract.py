@@ -129,7 +129,7 @@ def test_errors_name_the_argument() -> None:
         kernels.context_attention(*(x[n].double() for n in ("query", "key", "value")))
     with pytest.raises(ValueError, match="k: got 8, expected 1 to 7"):
         kernels.update_memory(x["query"], x["memory"], x["prototypes"], 8)
-    with pytest.raises(ValueError, match="got a width of 300"):
+    with pytest.raises(ValueError, match="query: got 300 channels, expected at most 256"):
         kernels.context_attention(*(torch.zeros(1, 2, 300) for _ in range(3)))
 
 

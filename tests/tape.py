@@ -65,6 +65,9 @@ class TapeRecorder:
     def settle(self) -> None:
         """Nothing runs by itself here."""
 
+    def reclaim(self) -> None:
+        """A tape that nobody holds is gone."""
+
     def capture(self, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
         self.captures += 1
         generator = torch.get_rng_state()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ConfigError
-from .layers import ImageGate, resize
+from .layers import ImageGate, recomputed, resize
 
 
 class GatedBackbone(nn.Module):
@@ -111,7 +111,25 @@ def _create(name: str, image_size: int) -> Any:
     if not isinstance(network, MaxxVit) or len(network.stages) != 4:
         raise ConfigError(f"model.backbone: got {name!r}, expected a MaxViT or CoAtNet model of timm with four stages")
     _round_relative_coordinates(network)
+    for block in network.modules():
+        mlp: Any = getattr(block, "mlp", None)
+        if isinstance(mlp, timm.layers.ConvMlp) and mlp.drop.p == 0:
+            block.mlp = _LeanMlp(mlp)
     return network
+
+
+class _LeanMlp(nn.Module):
+    """timm's `ConvMlp` under the same names, without keeping its activations, of the largest tensors of a step."""
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self.fc1, self.norm, self.act, self.fc2 = mlp.fc1, mlp.norm, mlp.act, mlp.fc2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return recomputed(self._activate, self.norm(self.fc1(x)))
+
+    def _activate(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(x))
 
 
 def _round_relative_coordinates(network: Any) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
 from .encoder import make_block
-from .layers import ChannelAttention, ConvBlock, SpatialAttention, UpBlock
+from .layers import ChannelAttention, ConvBlock, SpatialAttention, UpBlock, recomputed
 
 
 class DecoderLevel(nn.Module):
@@ -29,13 +30,15 @@ class DecoderLevel(nn.Module):
         self.attend = make_block(config, channels, config.decoder_feature_dim, config.decoder_clusters, name, backend)
         self.block = ConvBlock(channels)
 
-    def forward(self, x: Tensor, skip: Tensor, spatial_attention: nn.Module) -> Tensor:
-        """``[B, C', h, w]`` and the skip ``[B, C, 2h, 2w]`` to ``[B, C, 2h, 2w]``."""
+    def forward(self, x: Tensor, skips: list[Tensor], spatial_attention: nn.Module) -> Tensor:
+        """``[B, C', h, w]`` and the last of the skips, which it takes off their list, ``[B, C, 2h, 2w]``."""
+        return self.block(self.attend(self._merge(x, skips, spatial_attention)))
+
+    def _merge(self, x: Tensor, skips: list[Tensor], spatial_attention: nn.Module) -> Tensor:
         up = self.up(x)
-        merged = up + skip
-        merged = self.channel_attention(merged) * merged
-        merged = spatial_attention(merged) * merged
-        return self.block(self.attend(up + merged))
+        merged = up + skips.pop()
+        weighted = recomputed(torch.mul, self.channel_attention(merged), merged)
+        return up + spatial_attention(weighted) * weighted
 
 
 class Decoder(nn.Module):
@@ -62,11 +65,14 @@ class Decoder(nn.Module):
             DecoderLevel(config, channels[i + 1], channels[i], f"decoder.{i + 1}", backend) for i in (2, 1, 0)
         )
 
-    def forward(self, skips: Sequence[Tensor]) -> list[Tensor]:
-        """Skips ``s_1 .. s_4``, finest first, to ``[d_4, d_3, d_2, d_1]``, coarsest first."""
-        x = self.block(self.attend(self.enter(skips[-1])))
+    def forward(self, skips: list[Tensor]) -> list[Tensor]:
+        """Skips ``s_1 .. s_4``, finest first, to ``[d_4, d_3, d_2, d_1]``, coarsest first.
+
+        The list of skips is emptied: none is held longer than it is needed.
+        """
+        x = self.block(self.attend(self.enter(skips.pop())))
         outputs = [x]
-        for level, skip in zip(self.levels, reversed(skips[:-1]), strict=True):
-            x = level(x, skip, self.spatial_attention)
+        for level in self.levels:
+            x = level(x, skips, self.spatial_attention)
             outputs.append(x)
         return outputs

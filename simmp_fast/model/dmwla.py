@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..validation import product_dtype
 from .memory import MemoryBank
 from .projection import project
 
@@ -58,19 +59,21 @@ class DMWLABlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` to ``[B, C, H, W]``."""
-        tokens = x.flatten(2).transpose(1, 2)
+        # One copy in the dtype of the products serves all of them, the attention and the bank. `to` lays out what it
+        # casts, and leaves alone what it need not cast.
+        tokens = x.flatten(2).transpose(1, 2).to(product_dtype(x), memory_format=torch.contiguous_format).contiguous()
         added = self._reassociated(tokens) if self.reassociates else self._plain(tokens)
         return x + added.transpose(1, 2).reshape(x.shape)
 
     def _plain(self, tokens: Tensor) -> Tensor:
         """``output(context + memory)`` as section 2 writes it, all projections in one product."""
-        frozen = self._offers and not self.bank.warming
-        weights = [self.query.weight, self.key.weight, self.value.weight]
-        (query, key, value), learned = project(tokens, weights, self.momentum_key if frozen else None)
-        if self._offers:
-            self.bank.offer(key if learned is None else learned)
+        query, key, value = project(tokens, [self.query.weight, self.key.weight, self.value.weight])
         if self.bank.warming:
+            if self._offers:
+                self.bank.offer(key)
             return self.output(ops.context_attention(query, key, value, backend=self.backend))
+        if self._offers:
+            self.bank.offer(tokens, self.momentum_key)
         attended, _ = ops.memory_context_attention(
             query, key, value, self.bank.memory, self.bank.prototypes, backend=self.backend
         )
@@ -85,16 +88,13 @@ class DMWLABlock(nn.Module):
                 with torch.no_grad():
                     self.bank.offer(self.key(tokens))
             return self._context(F.linear(tokens, scores), tokens, mixed)
-        weights = [scores, self.query.weight]
-        (source, query), learned = project(tokens, weights, self.momentum_key if self._offers else None)
-        if learned is not None:
-            self.bank.offer(learned)
+        source, query = project(tokens, [scores, self.query.weight])
+        if self._offers:
+            self.bank.offer(tokens, self.momentum_key)
         recalled, _ = ops.memory_attention(query, self.bank.memory, self.bank.prototypes, backend=self.backend)
         return self._context(source, tokens, mixed) + self.output(recalled)
 
     def _context(self, source: Tensor, tokens: Tensor, mixed: Tensor) -> Tensor:
-        # Key and value in one copy: channels-first tokens would be copied for each, in both passes.
-        tokens = tokens.to(source.dtype).contiguous()
         return F.linear(ops.context_attention(source, tokens, tokens, backend=self.backend), mixed)
 
     @property

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -12,6 +15,17 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(x.shape[-2:]) == tuple(size):
         return x
     return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``function(*inputs)``; what it would keep for its backward is computed again there. It must draw no numbers.
+
+    For what is cheap to compute and large to keep. Products whose result nobody needs are not repeated. Compiled code
+    decides by itself what it keeps.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class ImageGate(nn.Module):
@@ -28,8 +42,11 @@ class ImageGate(nn.Module):
 
     def forward(self, features: Tensor, image: Tensor) -> Tensor:
         """Features ``[B, C, h, w]`` and image ``[B, 3, H, W]`` to ``[B, C, h, w]``."""
-        height, width = features.shape[-2:]
-        return features + features.sigmoid() * self.project(resize(image, (height, width)))
+        return features + recomputed(self._let_in, features.sigmoid(), image)
+
+    def _let_in(self, share: Tensor, image: Tensor) -> Tensor:
+        height, width = share.shape[-2:]
+        return share * self.project(resize(image, (height, width)))
 
 
 def conv_norm_relu(in_channels: int, out_channels: int) -> list[nn.Module]:
@@ -54,6 +71,11 @@ class UpBlock(nn.Sequential):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(nn.Upsample(scale_factor=2), *conv_norm_relu(in_channels, out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, h, w]`` to ``[B, C', 2h, 2w]``."""
+        resized, convolve, norm, relu = self
+        return relu(norm(recomputed(lambda x: convolve(resized(x)), x)))
 
 
 class ChannelAttention(nn.Module):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..parallel.update_memory import update_memory
@@ -75,7 +76,7 @@ class MemoryBank(nn.Module):
         self.warmup_steps, self.rate, self.seed, self.name = warmup_steps, rate, seed, name
         self.backend = backend
         self.ranks: Ranks = ALONE
-        self._offered: Tensor | None = None
+        self._offered: tuple[Tensor, Tensor | None] | None = None
         self._draws: Tensor | None = None
         self._enter(0)
 
@@ -96,8 +97,12 @@ class MemoryBank(nn.Module):
         self._enter(int(state))
         self._offered = None
 
-    def offer(self, tokens: Tensor) -> None:
-        """Keep the tokens ``[B, N, D]`` of a training forward until `write` or `discard`.
+    def offer(self, tokens: Tensor, weight: Tensor | None = None) -> None:
+        """Keep the tokens of a training forward until `write` or `discard`.
+
+        Args:
+            tokens: ``[B, N, D]``, or ``[B, N, C]`` where they are to be projected first.
+            weight: ``[D, C]``, the projection; `write` takes it, so that its result is not held over the backward pass.
 
         Raises:
             RuntimeError: tokens of an earlier forward were neither committed nor discarded.
@@ -109,7 +114,7 @@ class MemoryBank(nn.Module):
                 f"memory bank {self.name!r}: the tokens of the last training forward were never committed; call "
                 "commit_memory() after each backward, or discard_memory() where no backward follows"
             )
-        self._offered = tokens.detach()
+        self._offered = tokens.detach(), weight
 
     def discard(self) -> None:
         """Forget the tokens offered last; nothing is written."""
@@ -127,7 +132,7 @@ class MemoryBank(nn.Module):
         Raises:
             RuntimeError: no batch is given and no tokens were offered.
         """
-        batch = self._tokens().shape[0] if batch is None else batch
+        batch = self._taken()[0].shape[0] if batch is None else batch
         if not self.warming or batch == 0:
             return
         draws = self._draw(batch * self.ranks.size)
@@ -153,7 +158,7 @@ class MemoryBank(nn.Module):
         slot = torch.randperm(size, generator=generator)[:width]
         return torch.stack([image, place, slot, (torch.arange(width) < kept).long()])
 
-    def _tokens(self) -> Tensor:
+    def _taken(self) -> tuple[Tensor, Tensor | None]:
         if self._offered is None:
             raise RuntimeError(f"memory bank {self.name!r}: nothing to commit, no training forward came before")
         return self._offered
@@ -169,9 +174,11 @@ class MemoryBank(nn.Module):
         Raises:
             RuntimeError: no tokens were offered since the last write.
         """
-        tokens, self._offered = self._tokens(), None
+        (tokens, weight), self._offered = self._taken(), None
         if tokens.numel() == 0:
             return
+        if weight is not None:
+            tokens = F.linear(tokens, weight.to(tokens.dtype))
         if self.warming:
             memory, prototypes = self._with_random_tokens(tokens), self.prototypes
         else:

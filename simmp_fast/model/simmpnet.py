@@ -75,15 +75,18 @@ class SimMPNet(nn.Module, PyTorchModelHubMixin):
         """
         check_shape("image", image, "B C H W", C=self.config.in_channels)
         check_floating("image", image)
-        features, gated = self.backbone(self.adapter(image))
-        encoded = self.encoder(gated)
-        skips = [e + resize(f, (e.shape[-2], e.shape[-1])) for e, f in zip(encoded, features, strict=True)]
-        decoded = self.decoder(skips)
+        decoded = self.decoder(self._skips(image))
         heads = [head(d) for head, d in zip(self.heads, decoded, strict=True)]
         if native_heads:
             return heads
         size = (self.config.image_size, self.config.image_size)
         return [resize(head, size) for head in heads]
+
+    def _skips(self, image: Tensor) -> list[Tensor]:
+        """The sums of both encoders' features, finest first; a method, so that nothing else outlives it."""
+        features, gated = self.backbone(self.adapter(image))
+        encoded = self.encoder(gated)
+        return [e + resize(f, (e.shape[-2], e.shape[-1])) for e, f in zip(encoded, features, strict=True)]
 
     @torch.no_grad()
     def segment(self, image: Tensor) -> Tensor:

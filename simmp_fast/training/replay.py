@@ -32,6 +32,9 @@ class Recorder(Protocol):
     def settle(self) -> None:
         """Wait until no replay is at work, before a capture is dropped."""
 
+    def reclaim(self) -> None:
+        """Give back what dropped captures held."""
+
 
 class CudaRecorder:
     """CUDA graphs on one device. Every call, captured or not, runs in one side stream, as a capture demands.
@@ -80,6 +83,10 @@ class CudaRecorder:
         """Wait for the device."""
         torch.cuda.synchronize(self.device)
 
+    def reclaim(self) -> None:
+        """Give back the memory of dropped graphs, which no other allocation could take."""
+        torch.cuda.empty_cache()
+
 
 class Replays:
     """Runs a function `EAGER_CALLS` times as it is, then captures it and replays it, until the key changes.
@@ -111,7 +118,9 @@ class Replays:
         if key != self._key:
             if self._replay is not None:
                 self.recorder.settle()
-            self._key, self._calls, self._replay = key, 0, None
+                self._replay = None
+                self.recorder.reclaim()
+            self._key, self._calls = key, 0
         if self._replay is None and self._calls == EAGER_CALLS:
             self._replay = self.recorder.capture(call)
         if self._replay is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,9 @@ class Counter:
     def settle(self):
         self.asked.append("settle")
 
+    def reclaim(self):
+        self.asked.append("reclaim")
+
 
 def test_another_key_is_another_capture():
     counter = Counter()
@@ -120,8 +124,35 @@ def test_another_key_is_another_capture():
     for key in "aaaabaaaa":
         replays(key, lambda: torch.zeros(()))
     eager = ["run"] * EAGER_CALLS
-    assert counter.asked == [*eager, "capture", "run", "settle", "run", *eager, "capture", "run"]
+    assert counter.asked == [*eager, "capture", "run", "settle", "reclaim", "run", *eager, "capture", "run"]
     assert replays.replaying
+
+
+def test_what_a_dropped_capture_held_is_given_back():
+    seen = []
+
+    class Capture:
+        def __call__(self) -> Tensor:
+            return torch.zeros(())
+
+    class Recorder(TapeRecorder):
+        held: weakref.ref[Capture]
+
+        def capture(self, call):
+            capture = Capture()
+            self.held = weakref.ref(capture)
+            return capture
+
+        def settle(self):
+            seen.append(("settle", self.held() is not None))
+
+        def reclaim(self):
+            seen.append(("reclaim", self.held() is not None))
+
+    replays = Replays(Recorder())
+    for key in ["first"] * (EAGER_CALLS + 1) + ["second"] * 2:
+        replays(key, lambda: torch.zeros(()))
+    assert seen == [("settle", True), ("reclaim", False)]
 
 
 def test_the_tape_holds_no_host_code():

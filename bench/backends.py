@@ -76,7 +76,9 @@ BACKENDS = {
 }
 
 
-def choose(names: Sequence[str], device: torch.device, operator: str, compiled: bool) -> list[Backend]:
+def choose(
+    names: Sequence[str], device: torch.device, operator: str, compiled: bool, baseline: bool = True
+) -> list[Backend]:
     """The backends to measure for `operator`, the baseline first: speed-ups are ratios to it.
 
     Args:
@@ -84,6 +86,7 @@ def choose(names: Sequence[str], device: torch.device, operator: str, compiled: 
         device: where.
         operator: for which.
         compiled: whether the compiled forms are among the default ones.
+        baseline: whether it is measured where it is not asked for by name.
 
     Raises:
         ConfigError: an unknown name, or kernels where they cannot run.
@@ -95,11 +98,23 @@ def choose(names: Sequence[str], device: torch.device, operator: str, compiled: 
         reason = BACKENDS[name].missing(device)
         if reason is not None:
             raise ConfigError(f"--backend: {name!r} cannot run here: {reason}")
-    wanted = set(names) | {BASELINE}
+    wanted = set(names) | ({BASELINE} if baseline else set())
     if not names:
         usual = [b for b in BACKENDS.values() if b.usual and (compiled or not b.compiled)]
-        wanted = {b.name for b in usual if b.missing(device) is None}
+        wanted = {b.name for b in usual if b.missing(device) is None and (baseline or b.name != BASELINE)}
     return [backend for backend in BACKENDS.values() if backend.name in wanted and backend.takes(operator)]
+
+
+def one(name: str, device: torch.device, operator: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        ConfigError: an unknown name, or what cannot run here or has no such operator.
+    """
+    found = choose([name], device, operator, compiled=True, baseline=False)
+    if not found:
+        raise ConfigError(f"--backend: got {name!r}, which has no {operator}")
+    return found[0]
 
 
 def sdpa(attention: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -17,9 +17,9 @@ from simmp_fast.cli.common import choose_device
 from simmp_fast.config import ConfigError
 
 from . import cases, compare, report, run
-from .backends import choose
+from .backends import BASELINE, choose
 from .measure import DIRECTIONS, Settings
-from .rows import Row, read_jsonl
+from .rows import OK, PASSED, RESULTS, Row, append, read_jsonl
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,6 +47,7 @@ def settings_of(arguments: argparse.Namespace, device: torch.device) -> Settings
         directions=tuple(arguments.direction or DIRECTIONS),
         seconds=seconds,
         fast=arguments.fast,
+        baseline=not arguments.no_baseline,
     )
 
 
@@ -69,8 +70,22 @@ def execute(arguments: argparse.Namespace) -> None:
             print(case.name)
         return
     settings = settings_of(arguments, device)
-    with _bar(len(selected)) as progress:
-        rows = run.run(selected, settings, progress, lambda rows: run.save(out, rows) if rows else None)
+    rows: list[Row] = []
+
+    def keep(row: Row) -> None:
+        """Into the result file at once: a run that is cut loses nothing."""
+        if not rows:
+            (out / RESULTS).unlink(missing_ok=True)  # of an earlier run
+        rows.append(row)
+        append(out / RESULTS, row)
+
+    try:
+        with _bar(len(selected)) as progress:
+            run.run(selected, settings, progress, keep)
+    except KeyboardInterrupt:
+        if rows:
+            run.save(out, rows)
+        raise
     _write(out, rows)
 
 
@@ -85,10 +100,13 @@ def _write(out: Path, rows: Sequence[Row]) -> None:
 def merged(folders: Sequence[Path]) -> list[Row]:
     """The rows of several results; what more than one has is taken from the first, such as the baseline.
 
+    A row of a run without the baseline gets its speed-up from the baseline of another one: the ratio of the medians,
+    without percentiles, since the two took no turns.
+
     Raises:
         ConfigError: a folder without results, or results of different machines or versions.
     """
-    found: dict[tuple[object, ...], Row] = {}
+    found: dict[tuple[str, ...], Row] = {}
     for folder in folders:
         for row in read_jsonl(folder):
             first = next(iter(found.values()), row)
@@ -96,14 +114,29 @@ def merged(folders: Sequence[Path]) -> list[Row]:
                 mine, its = row.environment.get(key), first.environment.get(key)
                 if mine != its:
                     raise ConfigError(f"--merge: got {key} {mine!r} in {folder}, expected {its!r} as in {folders[0]}")
-            shape = tuple(sorted(row.shape.items()))
-            found.setdefault((row.group, row.operator, row.backend, row.direction, row.dtype, shape, row.label), row)
-    return list(found.values())
+            found.setdefault(row.identity, row)
+    rows = list(found.values())
+    usual = {_without_backend(row): row for row in rows if row.backend == BASELINE and _is_right(row)}
+    for row in rows:
+        baseline = usual.get(_without_backend(row))
+        if baseline is not None and row.speedup is None and row.backend != BASELINE and _is_right(row):
+            row.speedup = (baseline.median_ms or 0) / (row.median_ms or 1)
+    return rows
+
+
+def _without_backend(row: Row) -> tuple[str, ...]:
+    return (*row.case_key, row.dtype, row.label)
+
+
+def _is_right(row: Row) -> bool:
+    """Whether it has a time, and passed parity."""
+    return row.status == OK and row.parity == PASSED and bool(row.median_ms)
 
 
 def _selection(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options that say what is measured, as `measure_selection` takes them in another process."""
     kept = ("operator", "backend", "shape", "dtype", "group", "direction", "batch", "device", "seconds", "fast", "all")
+    kept = (*kept, "no_baseline")
     return {name: getattr(arguments, name) for name in kept}
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import backends, memory, parity, problems, timing, tracing
 from .backends import BASELINE, Backend
@@ -32,6 +34,7 @@ class Settings:
         roofline: the measured ceilings, None to leave shares out.
         environment: goes into every row.
         fast: tiny sizes: nothing is compiled by default.
+        baseline: measure the reference too, for speed-ups, where it is not asked for by name.
     """
 
     device: torch.device
@@ -42,6 +45,11 @@ class Settings:
     roofline: Roofline | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     fast: bool = False
+    baseline: bool = True
+
+    def backends_of(self, case: Case) -> list[Backend]:
+        """Who is measured in a case."""
+        return backends.choose(self.backends, self.device, case.operator, case.compiled, self.baseline)
 
 
 @dataclass
@@ -55,6 +63,41 @@ class Contender:
     verdict: parity.Verdict = field(default_factory=parity.Verdict)
     peaks: dict[str, int | None] = field(default_factory=dict)
     counts: dict[str, tuple[int, int] | None] = field(default_factory=dict)
+
+    def enter(self, call_of: Callable[[Backend], Callable[[], Tensor]], leaves: Sequence[Tensor] = ()) -> None:
+        """Make the call to measure, which may fail already."""
+        try:
+            self.runner = timing.Runner(self.backend.name, call_of(self.backend), leaves)
+        except Exception as error:
+            self.fail(error)
+
+    def judge(self, verdict_of: Callable[[], parity.Verdict]) -> None:
+        """Fill in the verdict; a check that fails itself is none, and its time can be told all the same."""
+        try:
+            self.verdict = verdict_of()
+        except Exception as error:
+            status, message = describe(error)
+            self.verdict = parity.Verdict(message=f"parity: {status}, {message}")
+
+    def watch(self, direction: str, call: Callable[[], object], device: torch.device) -> None:
+        """Peak memory, launches and waits of a call."""
+
+        def look() -> None:
+            self.peaks[direction] = memory.peak_bytes(call, device)
+            self.counts[direction] = tracing.count(call, device)
+
+        self.beside("memory and launches", look)
+
+    def beside(self, what: str, step: Callable[[], None]) -> None:
+        """Find out something beside the time, which can be told without it."""
+        try:
+            step()
+        except Exception as error:
+            self.note(f"{what}: {describe(error)[1]}")
+
+    def note(self, text: str) -> None:
+        """Add to the message of its rows."""
+        self.verdict = replace(self.verdict, message="; ".join(filter(None, (self.verdict.message, text))))
 
     def fail(self, error: BaseException) -> None:
         """Keep the reason instead of the result."""
@@ -88,15 +131,25 @@ def release(device: torch.device) -> None:
     """Give memory of the last case back."""
     if device.type == "cuda":
         gc.collect()
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # after an illegal access nothing can be given back: see `broken`
+            torch.cuda.empty_cache()
+
+
+def broken(device: torch.device) -> str | None:
+    """Why nothing more can be measured by this process: an illegal access ends all use of a GPU. None if it can."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        return describe(error)[1]
+    return None
 
 
 def measure_case(case: Case, dtype: torch.dtype, settings: Settings) -> list[Row]:
     """All rows of an operator's or a module's case in one dtype."""
     device = settings.device
-    chosen = backends.choose(settings.backends, device, case.operator, case.compiled)
     torch._dynamo.reset()
-    contenders = [Contender(backend) for backend in chosen]
+    contenders = [Contender(backend) for backend in settings.backends_of(case)]
     try:
         problem = problems.make(case.operator, case.sizes, dtype, device)
     except Exception as error:
@@ -104,12 +157,12 @@ def measure_case(case: Case, dtype: torch.dtype, settings: Settings) -> list[Row
             contender.fail(error)
         return rows_of(case, dtype_name(dtype), contenders, settings, ())
     for contender in contenders:
-        contender.runner = timing.Runner(contender.backend.name, problem.output(contender.backend), problem.leaves)
+        contender.enter(problem.output, problem.leaves)
         contender.attempt(_call_once)
         release(device)
     judge(problem, contenders)
     release(device)
-    time_together(contenders, settings)
+    time_together(contenders, settings, hide_host=True)
     for contender in contenders:
         contender.attempt(lambda runner, c=contender: _watch(runner, c, device))  # type: ignore[misc]
         release(device)
@@ -130,24 +183,22 @@ def judge(problem: problems.Problem, contenders: Sequence[Contender]) -> None:
     """Fill in the verdicts on all contenders that run."""
     for contender in contenders:
         if contender.runner is not None:
-            try:
-                contender.verdict = parity.judge(problem, contender.backend)
-            except Exception as error:
-                status, message = describe(error)
-                contender.verdict = parity.Verdict(message=f"parity: {status}, {message}")
+            contender.judge(lambda backend=contender.backend: parity.judge(problem, backend))  # type: ignore[misc]
 
 
-def time_together(contenders: Sequence[Contender], settings: Settings) -> None:
-    """Time those that run in turns; where they cannot all run in one process at once, each fails with the reason."""
+def time_together(contenders: Sequence[Contender], settings: Settings, hide_host: bool = False) -> None:
+    """Time those that run in turns; one that fails meanwhile is left out from there on.
+
+    Args:
+        contenders: of one case.
+        settings: how.
+        hide_host: see `timing.measure`.
+    """
     runners = [c.runner for c in contenders if c.runner is not None]
-    if not runners:
-        return
-    try:
-        timing.measure(runners, settings.device, settings.seconds)
-    except Exception as error:
-        for contender in contenders:
-            if contender.runner is not None:
-                contender.fail(error)
+    failures = timing.measure(runners, settings.device, settings.seconds, hide_host)
+    for contender in contenders:
+        if contender.backend.name in failures:
+            contender.fail(failures[contender.backend.name])
 
 
 def _watch(runner: timing.Runner, contender: Contender, device: torch.device) -> None:
@@ -161,8 +212,7 @@ def _watch(runner: timing.Runner, contender: Contender, device: torch.device) ->
     if runner.leaves:
         calls["both"] = both
     for direction, call in calls.items():
-        contender.peaks[direction] = memory.peak_bytes(call, device)
-        contender.counts[direction] = tracing.count(call, device)
+        contender.watch(direction, call, device)
 
 
 def rows_of(

@@ -14,7 +14,7 @@ from simmp_fast.cli.info import multiply_adds
 from simmp_fast.config import ModelConfig
 from simmp_fast.model import SimMPNet
 
-from . import backends, memory, parity, steps, timing, tracing
+from . import backends, parity, steps, timing, tracing
 from .backends import BASELINE, Backend
 from .cases import STEP, Case
 from .measure import Contender, Settings, dtype_name, fill_memory, time_together
@@ -69,21 +69,21 @@ def make(sizes: Any, dtype: torch.dtype, device: torch.device) -> Network:
 
 def measure_network(case: Case, dtype: torch.dtype, settings: Settings) -> list[Row]:
     """All rows of the whole network in one dtype: its forward pass, or its training step."""
-    chosen = backends.choose(settings.backends, settings.device, case.operator, case.compiled)
     torch._dynamo.reset()
-    contenders = [Contender(backend) for backend in chosen]
+    contenders = [Contender(backend) for backend in settings.backends_of(case)]
     name = dtype_name(dtype)
     try:
         network = make(case.sizes, dtype, settings.device)
     except Exception as error:
         for contender in contenders:
             contender.fail(error)
-        return [_row(case, name, c, "both" if case.operator == STEP else "forward", settings) for c in contenders]
+        return [row_of(case, name, c, "both" if case.operator == STEP else "forward", settings) for c in contenders]
     measured = _measure_step if case.operator == STEP else _measure_forward
     return measured(case, name, network, contenders, settings)
 
 
-def _row(case: Case, dtype: str, contender: Contender, direction: str, settings: Settings, part: str = "") -> Row:
+def row_of(case: Case, dtype: str, contender: Contender, direction: str, settings: Settings, part: str = "") -> Row:
+    """A row of the network, or of a part of its step, without times."""
     row = Row(
         f"{case.operator}.{part}" if part else case.operator, case.group, case.label, case.uses,
         contender.backend.name, direction, dict(case.sizes), dtype, environment=settings.environment,
@@ -117,23 +117,24 @@ def _measure_forward(
     case: Case, dtype: str, network: Network, contenders: Sequence[Contender], settings: Settings
 ) -> list[Row]:
     for contender in contenders:
-        contender.runner = timing.Runner(contender.backend.name, forward_call(network, contender.backend))
+        contender.enter(lambda backend: forward_call(network, backend))
         contender.attempt(_call_once)
-        if contender.runner is not None:
-            contender.verdict = judge_forward(network, contender.backend, contender.runner.forward)
+        runner = contender.runner
+        if runner is not None:
+            contender.judge(lambda c=contender, r=runner: judge_forward(network, c.backend, r.forward))  # type: ignore[misc]
     time_together(contenders, settings)
     running = [c.runner for c in contenders if c.runner is not None]
     usual = next((r.samples["forward"] for r in running if r.name == BASELINE), None)
     rows = []
     for contender in contenders:
         runner = contender.runner
-        row = _row(case, dtype, contender, "forward", settings)
+        row = row_of(case, dtype, contender, "forward", settings)
         if runner is not None:
-            contender.peaks["forward"] = memory.peak_bytes(runner.forward, settings.device)
-            contender.counts["forward"] = tracing.count(runner.forward, settings.device)
+            contender.watch("forward", runner.forward, settings.device)
+            row.message = contender.verdict.message
             fill_memory(row, contender)
-            _fill(row, runner.samples["forward"], usual, case.sizes["B"])
-        _roofline(row, network, settings, 1)
+            fill(row, runner.samples["forward"], usual, case.sizes["B"])
+        fill_roofline(row, network, settings, 1)
         rows.append(row)
     return rows
 
@@ -160,23 +161,23 @@ def _measure_step(
     for contender in contenders:
         samples = found.get(contender.backend.name)
         if samples is None:
-            rows.append(_row(case, dtype, contender, "both", settings))
+            rows.append(row_of(case, dtype, contender, "both", settings))
             continue
         for part, values in samples.items():
             if part and (contender.backend.compiled or contender.backend.replayed):
                 continue  # such a step has no parts
-            row = _row(case, dtype, contender, "both", settings, part)
-            _fill(row, values, found.get(BASELINE, {}).get(part), case.sizes["B"] if not part else None)
+            row = row_of(case, dtype, contender, "both", settings, part)
+            fill(row, values, found.get(BASELINE, {}).get(part), case.sizes["B"] if not part else None)
             if not part:
                 fill_memory(row, contender)
                 if row.launches is None and not row.message:
                     row.message = tracing.NO_DEVICE
-                _roofline(row, network, settings, 3)
+                fill_roofline(row, network, settings, 3)
             rows.append(row)
     return rows
 
 
-def _fill(row: Row, samples: Sequence[float], baseline: Sequence[float] | None, images: int | None) -> None:
+def fill(row: Row, samples: Sequence[float], baseline: Sequence[float] | None, images: int | None) -> None:
     """Quantiles, the ratio to the baseline, and images a second."""
     row.p20_ms, row.median_ms, row.p80_ms = timing.quantiles(samples)
     row.samples_ms = [round(value, 6) for value in samples]
@@ -186,7 +187,7 @@ def _fill(row: Row, samples: Sequence[float], baseline: Sequence[float] | None, 
         row.rate = 1e3 * images / row.median_ms
 
 
-def _roofline(row: Row, network: Network, settings: Settings, passes: int) -> None:
+def fill_roofline(row: Row, network: Network, settings: Settings, passes: int) -> None:
     """Operations of all products and convolutions; a training step counts three times its forward pass.
 
     No least traffic is given: it would be that of every layer, whatever is fused.
@@ -202,4 +203,5 @@ def _roofline(row: Row, network: Network, settings: Settings, passes: int) -> No
 @functools.cache
 def _forward_operations(config: ModelConfig) -> int:
     """Operations of one image's forward pass."""
-    return 2 * multiply_adds(SimMPNet(config))
+    with torch.device("meta"):
+        return 2 * multiply_adds(SimMPNet(config))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from simmp_fast.cli.common import choose_device
 from simmp_fast.config import ConfigError
 
 from . import environment, network
-from .backends import BACKENDS, Backend, choose
+from .backends import BACKENDS, Backend, one
 from .cases import CPU_BATCH, GPU_BATCH, STEP
 from .measure import dtype_name
 from .rows import write
@@ -148,13 +148,18 @@ def record(backend: Backend, sizes: dict[str, int], dtype: torch.dtype, device: 
     steps.take(backend)
     steps.reach_replay(backend)
     steps.take(backend)
+    return listen(lambda: steps.take(backend), device, count)
+
+
+def listen(take: Callable[[], object], device: torch.device, count: int) -> Profile:
+    """Profile `count` calls."""
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         activities = [ProfilerActivity.CUDA]
     with profile(activities=activities) as listening:
         for _ in range(count):
-            steps.take(backend)
+            take()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     return summarise(intervals_of(listening, device), count)
@@ -185,6 +190,19 @@ def markdown(found: Profile, title: str, where: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def save(found: Profile, title: str, where: dict[str, Any], folder: Path, name: str = "profile") -> str:
+    """Write `name`.md and `name`.json; returns the text of the first."""
+    text = markdown(found, title, where)
+    write(folder / f"{name}.md", text)
+    write(folder / f"{name}.json", json.dumps({"title": title, "environment": where, **asdict(found)}, indent=1))
+    return text
+
+
+def title_of(backend: Backend, dtype: torch.dtype, batch: int) -> str:
+    """What a profile is of."""
+    return f"Training step, {backend.name}, {dtype_name(dtype)}, batch {batch}"
+
+
 def _short(name: str) -> str:
     """A name that fits a table and does not break it."""
     name = name.replace("|", "/").replace("`", "'")
@@ -209,21 +227,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--steps: got {options.steps}, expected at least 1")
         device = choose_device(options.device)
         on_gpu = device.type == "cuda"
-        name = options.backend or ("triton-fast" if on_gpu else "portable")
-        backend = choose([name], device, STEP, compiled=True)[-1]
+        backend = one(options.backend or ("triton-fast" if on_gpu else "portable"), device, STEP)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     sizes = {"B": options.batch or (GPU_BATCH if on_gpu else CPU_BATCH), "side": options.side}
     dtype = getattr(torch, options.dtype or ("bfloat16" if on_gpu else "float32"))
     found = record(backend, sizes, dtype, device, options.steps)
-    where = environment.describe(device)
-    title = f"Training step, {backend.name}, {dtype_name(dtype)}, batch {sizes['B']}"
-    text = markdown(found, title, where)
-    options.out.mkdir(parents=True, exist_ok=True)
-    write(options.out / "profile.md", text)
-    write(options.out / "profile.json", json.dumps({"title": title, "environment": where, **asdict(found)}, indent=1))
-    print(text)
+    print(save(found, title_of(backend, dtype, sizes["B"]), environment.describe(device), options.out))
     return 0
 
 

@@ -46,9 +46,11 @@ def size(value: float | None, units: Sequence[str] = ("B", "kB", "MB", "GB", "TB
 
 
 def speedup(row: Row) -> str:
-    """``2.1x (1.9 to 2.3)``; the reason where there is none."""
-    if row.speedup is None or row.speedup_p20 is None or row.speedup_p80 is None:
+    """``2.1x (1.9 to 2.3)``, or ``2.1x (medians)``; the reason where there is none."""
+    if row.speedup is None:
         return "parity failed" if row.parity == PARITY_FAILED else _NOTHING
+    if row.speedup_p20 is None or row.speedup_p80 is None:
+        return f"{row.speedup:.3g}x (medians)"
     return f"{row.speedup:.3g}x ({row.speedup_p20:.3g} to {row.speedup_p80:.3g})"
 
 
@@ -82,9 +84,10 @@ def markdown(rows: Sequence[Row], pictures: Sequence[str] = ()) -> str:
         lines += [f"Measured ceilings: copy {environment.get('bandwidth_gb_s')} GB/s, products {products}.", ""]
     lines += [
         "Times are medians with 20th and 80th percentile. A speed-up is the median of the rounds' own ratios to the "
-        "eager reference in the same run and dtype, shown only where parity of the same case passed in this run. "
-        "Memory is what tensors take at the peak, above the inputs. Roofline: the time that bytes and operations by "
-        "formula would take at the measured ceilings, over the time taken.",
+        "eager reference in the same run and dtype, shown only where parity of the same case passed in this run; one "
+        "marked *(medians)* is the ratio to the reference of another run on this machine. Memory is what tensors take "
+        "at the peak, above the inputs. Roofline: the time that bytes and operations by formula would take at the "
+        "measured ceilings, over the time taken.",
         "",
     ]
     failed = [row for row in rows if row.status != OK or row.parity == PARITY_FAILED]

@@ -43,7 +43,7 @@ class Row:
         bound: which ceiling it is, "memory" or "compute".
         parity: "passed", "failed" or "not checked".
         speedup, speedup_p20, speedup_p80: ratios of the reference's time to this one, round by round; only where
-            parity passed.
+            parity passed. Without percentiles it is the ratio of the medians of two runs (`command.merged`).
         rate: items a second, where a case has items.
         launches, syncs: kernels started and waits of the host for the device in one call; None off CUDA.
         environment: machine, versions and commit.
@@ -85,6 +85,11 @@ class Row:
         return (self.group, self.operator, self.backend, self.direction, shape_text(self.shape), self.dtype)
 
     @property
+    def identity(self) -> tuple[str, ...]:
+        """`key` and where the shape comes from: two blocks of one shape are two measurements."""
+        return (*self.key, self.label)
+
+    @property
     def case_key(self) -> tuple[str, str, str, str]:
         """What rows of different backends and dtypes share."""
         return (self.group, self.operator, self.direction, shape_text(self.shape))
@@ -118,6 +123,23 @@ def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
     write(path, "".join(json.dumps(asdict(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
+def append(path: Path, row: Row) -> None:
+    """Write a row at the end of a result file, at once: what ends the process later takes nothing back.
+
+    A line that an earlier process left half written is dropped.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(asdict(row), ensure_ascii=False, allow_nan=False) + "\n"
+    with open(path, "a+b") as file:
+        file.seek(0)
+        held = file.read()
+        if not held.endswith(b"\n"):
+            file.truncate(held.rfind(b"\n") + 1)
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """Write rows as CSV, in one step; the environment becomes columns ``environment.*``, the rounds are left out."""
     flat = []
@@ -138,19 +160,25 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 def read_jsonl(path: Path) -> list[Row]:
     """The rows of a result file, or of the folder that holds it.
 
+    A run that was cut may leave its last line half written: it is skipped. A measurement that was written twice counts
+    as it was written last.
+
     Raises:
         ConfigError: no such file, or no benchmark result.
     """
     path = path / RESULTS if path.is_dir() else path
     known = {f.name for f in fields(Row)}
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        whole, newline, _ = path.read_bytes().rpartition(b"\n")
+        lines = [json.loads(line) for line in whole.splitlines() if line]
         rows = [Row(**{key: value for key, value in line.items() if key in known}) for line in lines]
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}), expected a benchmark's {RESULTS}") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not the result of a benchmark ({error})") from None
+    if not newline:
+        raise ConfigError(f"{path}: not the result of a benchmark (no line in it is whole)")
     newer = [row.schema for row in rows if row.schema != SCHEMA]
     if newer:
         raise ConfigError(f"{path}: got results of schema {newer[0]}, expected {SCHEMA}")
-    return rows
+    return list({row.identity: row for row in rows}.values())

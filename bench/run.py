@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,19 +18,23 @@ from .rows import RESULTS, Row, write, write_csv, write_jsonl
 Progress = Callable[[str], None]
 
 
-def rows_of(case: Case, settings: Settings) -> list[Row]:
-    """All rows of a case, in every dtype asked for."""
+def rows_of(case: Case, settings: Settings) -> Iterator[Row]:
+    """The rows of a case, those of one dtype after the other; a dtype that fails takes none of the others with it."""
     # Imported when needed: operators can be measured where timm, or what reads files, is not installed.
     if case.operator in AROUND:
-        return importlib.import_module("bench.pipeline").MEASURES[case.operator](case, settings)  # type: ignore[no-any-return]
+        yield from importlib.import_module("bench.pipeline").MEASURES[case.operator](case, settings)
+        return
     single = measure.measure_case
     if case.operator in NETWORK:
         single = importlib.import_module("bench.network").measure_network
-    rows: list[Row] = []
     for dtype in settings.dtypes:
-        rows += single(case, dtype, settings)
+        try:
+            yield from single(case, dtype, settings)
+        except ConfigError:
+            raise
+        except Exception as error:
+            yield _failed(case, measure.dtype_name(dtype), settings, error)
         measure.release(settings.device)
-    return rows
 
 
 def ready(settings: Settings) -> Settings:
@@ -47,36 +51,41 @@ def run(
     cases: Sequence[Case],
     settings: Settings,
     progress: Progress = lambda text: None,
-    interrupted: Callable[[list[Row]], object] = lambda rows: None,
+    keep: Callable[[Row], object] = lambda row: None,
 ) -> list[Row]:
-    """Measure the cases one after the other.
+    """Measure the cases one after the other. Where the device fails for good, the cases left are not measured.
 
     Args:
         cases: from `cases.select`.
         settings: how; the roofline and the environment are filled in here.
         progress: called with the name of each case before it starts.
-        interrupted: called with the rows so far where a keyboard interrupt ends the run.
+        keep: called with every row as soon as it is there.
     """
     settings = ready(settings)
     rows: list[Row] = []
+
+    def take(row: Row) -> None:
+        rows.append(row)
+        keep(row)
+
     with memory.bounded(settings.device):
         for case in cases:
             progress(case.name)
             try:
-                rows += rows_of(case, settings)
+                for row in rows_of(case, settings):
+                    take(row)
             except ConfigError:
                 raise
-            except KeyboardInterrupt:
-                interrupted(rows)
-                raise
             except Exception as error:  # a case that cannot even be set up is a row, not the end of the run
-                rows.append(_failed(case, settings, error))
+                take(_failed(case, measure.dtype_name(settings.dtypes[0]), settings, error))
             measure.release(settings.device)
+            if reason := measure.broken(settings.device):
+                progress(f"the device can no longer be used, the run ends here: {reason}")
+                break
     return rows
 
 
-def _failed(case: Case, settings: Settings, error: Exception) -> Row:
-    dtype = measure.dtype_name(settings.dtypes[0])
+def _failed(case: Case, dtype: str, settings: Settings, error: Exception) -> Row:
     row = Row(case.operator, case.group, case.label, case.uses, BASELINE, "forward", dict(case.sizes), dtype)
     row.status, row.message = measure.describe(error)
     row.environment = settings.environment

@@ -106,7 +106,7 @@ def measure(steps: Steps, contenders: Sequence[Contender], settings: Settings) -
             contender.status, contender.message = describe(error)
             steps.forget(backend)
         release(settings.device)
-    _take_turns(steps, [c.backend for c in contenders if c.backend.name in found], found, settings)
+    _take_turns(steps, [c for c in contenders if c.backend.name in found], found, settings)
     return found
 
 
@@ -121,8 +121,8 @@ def _prepare(steps: Steps, contender: Contender, settings: Settings) -> None:
     # A graph keeps its memory from one replay to the next: the peak is that of the step before its capture.
     contender.peaks["both"] = memory.peak_bytes(take, settings.device)
     steps.reach_replay(backend)
-    contender.verdict = judge(steps, backend)
-    contender.counts["both"] = tracing.count(take, settings.device)
+    contender.judge(lambda: judge(steps, backend))
+    contender.beside("launches", lambda: contender.counts.update(both=tracing.count(take, settings.device)))
 
 
 def judge(steps: Steps, backend: Backend) -> parity.Verdict:
@@ -150,21 +150,35 @@ def judge(steps: Steps, backend: Backend) -> parity.Verdict:
 
 
 def _take_turns(
-    steps: Steps, running: Sequence[Backend], found: dict[str, dict[str, list[float]]], settings: Settings
+    steps: Steps, running: Sequence[Contender], found: dict[str, dict[str, list[float]]], settings: Settings
 ) -> None:
-    """Fill in the milliseconds of every part, backend after backend in every round."""
+    """Fill in the milliseconds of every part, backend after backend in every round; one that fails is taken out."""
     clock = PartClock(timing.Clock(settings.device))
     spent = rounds = 0.0
-    while running and (rounds < timing.LEAST_ROUNDS or (spent < settings.seconds and rounds < timing.MOST_ROUNDS)):
-        for backend in running if rounds % 2 == 0 else running[::-1]:
-            whole = backend.compiled or backend.replayed
-            with contextlib.nullcontext() if whole else by_part(steps.of(backend), clock):
-                clock.start()
-                steps.take(backend)
-                parts = clock.stop()
-            total = sum(parts.values())
-            spent += total / 1e3
-            parts |= {"": total, WITHOUT_BACKBONE: total - parts["backbone"]}
+    while found and (rounds < timing.LEAST_ROUNDS or (spent < settings.seconds and rounds < timing.MOST_ROUNDS)):
+        for contender in running if rounds % 2 == 0 else running[::-1]:
+            name = contender.backend.name
+            if name not in found:
+                continue
+            try:
+                parts = _timed(steps, contender.backend, clock)
+            except Exception as error:
+                contender.status, contender.message = describe(error)
+                del found[name]
+                steps.forget(contender.backend)
+                continue
+            spent += parts[""] / 1e3
             for part, value in parts.items():
-                found[backend.name][part].append(value)
+                found[name][part].append(value)
         rounds += 1
+
+
+def _timed(steps: Steps, backend: Backend, clock: PartClock) -> dict[str, float]:
+    """Milliseconds of one step and of its parts."""
+    whole = backend.compiled or backend.replayed
+    with contextlib.nullcontext() if whole else by_part(steps.of(backend), clock):
+        clock.start()
+        steps.take(backend)
+        parts = clock.stop()
+    total = sum(parts.values())
+    return parts | {"": total, WITHOUT_BACKBONE: total - parts["backbone"]}

@@ -2,6 +2,11 @@
 
 On a GPU by events, with the L2 cache overwritten before each direction and nothing waited for between rounds; on a CPU
 by the clock. A round gives one number per backend and direction, and one ratio to the baseline.
+
+A small kernel is done before the host has started the next one: events would then show the host's work. So where the
+device is to be measured, it sleeps before each direction for longer than the host takes to start that direction, and
+finds everything in its queue when it wakes. A sleep needs no more than a call, whatever that is; a CUDA graph of it
+would be nearer to a replayed step, but what has a gradient, waits or allocates otherwise cannot all be captured.
 """
 
 from __future__ import annotations
@@ -15,6 +20,11 @@ import torch
 from torch import Tensor
 
 MOST_ROUNDS, LEAST_ROUNDS = 100, 3
+# The device sleeps so many times as long as the host took, and no longer than so many seconds: who takes longer on the
+# host waits for the device, or has kernels enough to keep it busy.
+AHEAD, MOST_AHEAD = 2.0, 0.02
+# Above the clock rate of any GPU there is: on a slower one the sleep is longer than asked for.
+CYCLES_A_SECOND = 3e9
 
 
 @dataclass
@@ -49,10 +59,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.cuda = device.type == "cuda"
-        self._flush: Tensor | None = None
-        if self.cuda:
-            cache = int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 2**26))
-            self._flush = torch.empty(max(4 * cache, 2**28), dtype=torch.int8, device=device)
+        self._flush: Tensor | None = None  # made when needed: who wants cold caches has the memory for it
 
     def mark(self) -> float | torch.cuda.Event:
         """A point in time."""
@@ -62,10 +69,17 @@ class Clock:
         event.record()
         return event
 
-    def cold(self) -> None:
-        """Overwrite the L2 cache of a GPU; it also gives the host time to run ahead."""
-        if self._flush is not None:
-            self._flush.zero_()
+    def cold(self, ahead: float = 0.0) -> None:
+        """Overwrite the L2 cache of a GPU, which first sleeps for as long as the host may run ahead, in seconds."""
+        if not self.cuda:
+            return
+        if self._flush is None:
+            cache = int(getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 2**26))
+            self._flush = torch.empty(max(4 * cache, 2**28), dtype=torch.int8, device=self.device)
+        if ahead:
+            with torch.cuda.device(self.device):
+                torch.cuda._sleep(int(ahead * CYCLES_A_SECOND))
+        self._flush.zero_()
 
     def wait(self) -> None:
         """Until the device has done everything."""
@@ -81,48 +95,120 @@ class Clock:
         return float(start.elapsed_time(stop))
 
 
-def _turn(runner: Runner, clock: Clock, grad: Tensor | None) -> list[float | torch.cuda.Event]:
-    clock.cold()
+Marks = list[float | torch.cuda.Event]
+
+
+@dataclass
+class _Turns:
+    """What is known of a runner while it takes turns."""
+
+    grad: Tensor | None = None
+    ahead: tuple[float, float] = (0.0, 0.0)
+    marks: list[Marks] = field(default_factory=list)
+
+
+def _turn(runner: Runner, clock: Clock, turns: _Turns) -> Marks:
+    clock.cold(turns.ahead[0])
     marks = [clock.mark()]
     output = runner.forward()
     marks.append(clock.mark())
     if runner.leaves:
-        clock.cold()
+        clock.cold(turns.ahead[1])
         marks.append(clock.mark())
-        runner.backward(output, grad)
+        runner.backward(output, turns.grad)
         marks.append(clock.mark())
     return marks
 
 
-def measure(runners: Sequence[Runner], device: torch.device, seconds: float) -> None:
+def _host_seconds(runner: Runner, clock: Clock, grad: Tensor | None) -> tuple[float, float]:
+    """What the host needs to start the forward and the backward pass of a call."""
+    clock.wait()
+    start = time.perf_counter()
+    output = runner.forward()
+    middle = time.perf_counter()
+    if runner.leaves:
+        clock.wait()
+        restart = time.perf_counter()
+        runner.backward(output, grad)
+        return middle - start, time.perf_counter() - restart
+    return middle - start, 0.0
+
+
+def _prepare(runner: Runner, clock: Clock, hide_host: bool) -> _Turns:
+    turns = _Turns(_output_gradient(runner))
+    if hide_host and clock.cuda:
+        forward, backward = (min(AHEAD * s, MOST_AHEAD) for s in _host_seconds(runner, clock, turns.grad))
+        turns.ahead = (forward, backward)
+    return turns
+
+
+def measure(
+    runners: Sequence[Runner], device: torch.device, seconds: float, hide_host: bool = False
+) -> dict[str, Exception]:
     """Fill `samples` of every runner.
 
     Args:
         runners: contenders; each was called at least once before.
         device: where they run.
         seconds: time to spend on all of them together, as far as 3 to 100 rounds allow.
+        hide_host: on a GPU, count only the device's time: the host runs ahead.
+
+    Returns:
+        What ended a contender, by name; the others' rounds go on without it.
     """
     clock = Clock(device)
-    grads = {runner.name: _output_gradient(runner) for runner in runners}
-    start = time.perf_counter()
-    for runner in runners:  # also the second warm-up
-        _turn(runner, clock, grads[runner.name])
-    clock.wait()
-    spent = time.perf_counter() - start
-    rounds = int(min(MOST_ROUNDS, max(LEAST_ROUNDS, seconds / max(spent, 1e-6))))
-    turns: dict[str, list[list[float | torch.cuda.Event]]] = {runner.name: [] for runner in runners}
-    for index in range(rounds):
-        order = runners if index % 2 == 0 else runners[::-1]
-        for runner in order:
-            turns[runner.name].append(_turn(runner, clock, grads[runner.name]))
-    clock.wait()
+    turns: dict[str, _Turns] = {}
+    failures: dict[str, Exception] = {}
+
+    def attempt(step: Callable[[Runner], None], runner: Runner) -> None:
+        try:
+            step(runner)
+        except Exception as error:
+            failures[runner.name] = error
+
+    def prepare(runner: Runner) -> None:
+        turns[runner.name] = _prepare(runner, clock, hide_host)
+
+    def running(order: Sequence[Runner]) -> list[Runner]:
+        return [runner for runner in order if runner.name not in failures]
+
+    def take(runner: Runner) -> None:
+        turns[runner.name].marks.append(_turn(runner, clock, turns[runner.name]))
+
     for runner in runners:
-        forward = [clock.between(marks[0], marks[1]) for marks in turns[runner.name]]
-        runner.samples = {"forward": forward}
-        if runner.leaves:
-            backward = [clock.between(marks[2], marks[3]) for marks in turns[runner.name]]
-            both = [a + b for a, b in zip(forward, backward, strict=True)]
-            runner.samples |= {"backward": backward, "both": both}
+        attempt(prepare, runner)
+    start = time.perf_counter()
+    for runner in running(runners):  # also the second warm-up
+        attempt(take, runner)
+    _settle(clock, running(runners), failures)
+    spent = time.perf_counter() - start
+    for kept in turns.values():
+        kept.marks.clear()
+    rounds = int(min(MOST_ROUNDS, max(LEAST_ROUNDS, seconds / max(spent, 1e-6))))
+    for index in range(rounds):
+        for runner in running(runners if index % 2 == 0 else runners[::-1]):
+            attempt(take, runner)
+    _settle(clock, running(runners), failures)
+    for runner in running(runners):
+        runner.samples = _samples(runner, clock, turns[runner.name].marks)
+    return failures
+
+
+def _settle(clock: Clock, running: Sequence[Runner], failures: dict[str, Exception]) -> None:
+    """Wait for the device; an error that only shows now may be anyone's, so nobody's times are kept."""
+    try:
+        clock.wait()
+    except Exception as error:
+        failures.update({runner.name: error for runner in running})
+
+
+def _samples(runner: Runner, clock: Clock, turns: Sequence[Marks]) -> dict[str, list[float]]:
+    """Milliseconds of every round, by direction."""
+    forward = [clock.between(marks[0], marks[1]) for marks in turns]
+    if not runner.leaves:
+        return {"forward": forward}
+    backward = [clock.between(marks[2], marks[3]) for marks in turns]
+    return {"forward": forward, "backward": backward, "both": [a + b for a, b in zip(forward, backward, strict=True)]}
 
 
 def _output_gradient(runner: Runner) -> Tensor | None:

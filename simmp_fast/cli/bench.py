@@ -53,6 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
     add("--seconds", type=float, help="time for one case and dtype, beyond its warm-up and parity (default: 2)")
     add("--fast", action="store_true", help="tiny shapes: structure and parity in under two minutes, no figures")
+    add("--no-baseline", action="store_true", help="the reference only if --backend names it; --merge adds speed-ups")
     add("--all", action="store_true", help="the fine sweeps on a CPU too")
     add("--list", action="store_true", help="print the cases and measure nothing")
     add("--compare", nargs=2, metavar=("A", "B"), help="two result files, or two revisions of this clone")

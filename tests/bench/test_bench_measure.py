@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import shutil
 import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,19 +82,126 @@ def test_failures_are_rows(monkeypatch: pytest.MonkeyPatch, error: Exception, st
     assert any(r.backend == "reference" and r.median_ms is not None for r in rows), "the others go on"
 
 
-def test_an_interrupted_run_gives_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_is_kept_as_soon_as_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     first, kept = row(10, 1), []
 
-    def measured(case: Case, settings: Settings) -> list[Row]:
-        if kept_back:
-            return [kept_back.pop()]
+    def measured(case: Case, settings: Settings) -> Iterator[Row]:
+        yield first
         raise KeyboardInterrupt
 
-    kept_back = [first]
     monkeypatch.setattr(run, "rows_of", measured)
     with pytest.raises(KeyboardInterrupt):
-        run.run([CASE, CASE], Settings(CPU, fast=True), interrupted=kept.extend)
+        run.run([CASE, CASE], Settings(CPU, fast=True), keep=kept.append)
     assert kept == [first]
+
+
+def test_a_dtype_that_fails_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = measure.measure_case
+
+    def measured(case: Case, dtype: torch.dtype, settings: Settings) -> list[Row]:
+        if dtype == torch.bfloat16:
+            raise RuntimeError("no such number")
+        return right(case, dtype, settings)
+
+    monkeypatch.setattr(measure, "measure_case", measured)
+    both = replace(settings(), dtypes=(torch.bfloat16, torch.float32))
+    found = {(r.dtype, r.status) for r in run.run([CASE], replace(both, fast=True))}
+    assert found == {("bfloat16", FAILED), ("float32", "ok")}
+
+
+def test_the_run_ends_with_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(measure, "broken", lambda device: "CUDA error: an illegal memory access")
+    rows = run.run([CASE, CASE], replace(settings(), fast=True), said.append)
+    assert {r.backend for r in rows} == {"reference", "portable"}
+    assert said == [CASE.name, "the device can no longer be used, the run ends here: " + measure.broken(CPU)]
+
+
+def test_a_contender_that_fails_in_its_turn_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It works while it is warmed up and judged, and breaks in the second round."""
+    calls = 0
+    right = timing._turn
+
+    def turn(runner: timing.Runner, *rest: Any) -> Any:
+        nonlocal calls
+        calls += runner.name == "portable"
+        if runner.name == "portable" and calls == 3:
+            raise RuntimeError("launch failure")
+        return right(runner, *rest)
+
+    monkeypatch.setattr(timing, "_turn", turn)
+    rows = measure.measure_case(CASE, torch.float32, settings())
+    (failed,) = rows_of_portable(rows)
+    assert (failed.status, failed.message, failed.speedup) == (FAILED, "RuntimeError: launch failure", None)
+    others = [r for r in rows if r.backend == "reference"]
+    assert {(r.direction, r.status, len(r.samples_ms) >= 3) for r in others} == {
+        (direction, "ok", True) for direction in measure.DIRECTIONS
+    }
+    assert calls == 3, "it took no turn after that"
+
+
+def test_without_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = measure.measure_case(CASE, torch.float32, replace(settings(), baseline=False))
+    assert {r.backend for r in rows} == {"portable"}
+    assert all(r.parity == PASSED and r.speedup is None for r in rows)
+    named = replace(settings(), baseline=False, backends=("reference", "portable"))
+    assert {b.name for b in named.backends_of(CASE)} == {"reference", "portable"}
+    assert "reference" not in {b.name for b in Settings(CPU, baseline=False).backends_of(CASE)}
+
+
+def test_what_is_found_beside_the_time_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(call: object, device: torch.device) -> int:
+        raise RuntimeError("no profiler")
+
+    monkeypatch.setattr(memory, "peak_bytes", fails)
+    (first, *_) = rows_of_portable(measure.measure_case(CASE, torch.float32, settings()))
+    assert first.median_ms is not None
+    assert first.peak_bytes is None
+    assert "memory and launches: RuntimeError: no profiler" in first.message
+
+
+class _Device(timing.Clock):
+    """A GPU's clock without a GPU: notes what is asked of the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(CPU)
+        self.cuda = True
+        self.asked: list[float] = []
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def cold(self, ahead: float = 0.0) -> None:
+        self.asked.append(ahead)
+
+    def wait(self) -> None:
+        """Nothing runs by itself here."""
+
+
+@pytest.mark.parametrize("hide", [True, False])
+def test_the_device_sleeps_while_the_host_starts_a_call(hide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks: list[_Device] = []
+
+    def made(device: torch.device) -> _Device:
+        clocks.append(_Device(device))
+        return clocks[-1]
+
+    leaf = torch.ones(2, requires_grad=True)
+
+    def slow(seconds: float) -> torch.Tensor:
+        time.sleep(seconds)
+        return leaf.sum()
+
+    monkeypatch.setattr(timing, "Clock", made)
+    runners = [timing.Runner(name, lambda s=s: slow(s), (leaf,)) for name, s in (("a", 0.002), ("b", 0.05))]
+    assert timing.measure(runners, CPU, 1e-9, hide_host=hide) == {}
+    (clock,) = clocks
+    forward = clock.asked[::2]
+    if not hide:
+        assert set(clock.asked) == {0.0}
+        return
+    assert 2 * 0.002 <= forward[0] < timing.MOST_AHEAD == forward[1]
+    assert 0 < clock.asked[1] <= timing.MOST_AHEAD, "the backward pass has a sleep of its own"
 
 
 def test_a_case_that_cannot_be_made_is_a_row() -> None:

@@ -8,7 +8,7 @@ from tape import TapeRecorder
 
 from bench import backends, budgets, network, steps
 from bench.backends import BACKENDS, Backend
-from bench.cases import _TINY, PARTS, STEP
+from bench.cases import _TINY, PARTS, STEP, WITHOUT_BACKBONE
 from bench.measure import Contender, Settings
 from bench.rows import OUT_OF_MEMORY, PASSED, Row
 from bench.steps import Steps
@@ -69,6 +69,25 @@ def test_a_failing_step_is_a_row_and_leaves_the_others_alone(tiny: Steps, monkey
     found = steps.measure(tiny, contenders, Settings(CPU, seconds=0.01))
     assert contenders[0].status == OUT_OF_MEMORY
     assert list(found) == ["portable"]
+
+
+def test_a_step_that_fails_in_its_turn_leaves_the_others(tiny: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+
+    def timed(made: Steps, backend: Backend, clock: object) -> dict[str, float]:
+        taken.append(backend.name)
+        if backend.name == "portable" and taken.count("portable") == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return dict.fromkeys(("", WITHOUT_BACKBONE, *PARTS), 1.0)
+
+    monkeypatch.setattr(steps, "_prepare", lambda *arguments: None)
+    monkeypatch.setattr(steps, "_timed", timed)
+    contenders = [Contender(BACKENDS[name]) for name in ("reference", "portable")]
+    found = steps.measure(tiny, contenders, Settings(CPU, seconds=0.0))
+    assert [c.status for c in contenders] == ["", OUT_OF_MEMORY]
+    assert list(found) == ["reference"]
+    assert found["reference"][""] == [1.0, 1.0, 1.0]
+    assert taken.count("portable") == 2
 
 
 def test_only_the_step_has_layouts_and_replays() -> None:

@@ -6,7 +6,9 @@ together they launch every kernel of the tables, which `tests/kernels/interprete
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -50,6 +52,7 @@ CLASSES = {
     "tf32": (torch.float32, "high"),
     "half": (torch.bfloat16, "highest"),
 }
+FINISHED = "all cases ran"
 WITH_GRADIENTS = (
     "context_attention", "memory_attention", "memory_context_attention", "split_attention", "powerset_loss",
 )  # fmt: skip
@@ -64,15 +67,39 @@ def launch(operator: str, name: str, dtype: torch.dtype, device: str) -> None:
         function(**inputs)
 
 
-def main() -> None:
-    """Run every case in every dtype class on the current CUDA device, telling which so that an error has a name."""
-    for kind, (dtype, precision) in CLASSES.items():
+def chosen(names: Sequence[str]) -> list[tuple[str, str]]:
+    """The cases of the names given, ``operator`` or ``operator:case``; all where there are none.
+
+    Raises:
+        ValueError: a name of no case.
+    """
+    for name in names:
+        if not any(name in (operator, f"{operator}:{case}") for operator, case in CASES):
+            raise ValueError(f"case: got {name!r}, expected {', '.join(f'{o}:{c}' for o, c in CASES)}, or an operator")
+    return [(o, c) for o, c in CASES if not names or o in names or f"{o}:{c}" in names]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the cases on the current CUDA device, telling which so that an error has a name."""
+    parser = argparse.ArgumentParser(description="launch every kernel on small ragged shapes")
+    parser.add_argument("case", nargs="*", help="operator, or operator:case (default: all)")
+    parser.add_argument("--class", nargs="+", choices=tuple(CLASSES), default=tuple(CLASSES), dest="kinds")
+    options = parser.parse_args(arguments)
+    try:
+        cases = chosen(options.case)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for kind in options.kinds:
+        dtype, precision = CLASSES[kind]
         torch.set_float32_matmul_precision(precision)
-        for operator, name in CASES:
+        for operator, name in cases:
             print(f"{operator} {name} {kind}", flush=True)
             launch(operator, name, dtype, "cuda")
             torch.cuda.synchronize()
+    print(FINISHED, flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

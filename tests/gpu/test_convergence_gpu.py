@@ -17,6 +17,8 @@ from simmp_fast.config import preset
 CACHE = os.environ.get("SIMMP_FAST_DEMO_CACHE")
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.alone,
+    pytest.mark.convergence,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is present"),
     pytest.mark.skipif(
         not CACHE and importlib.util.find_spec("nilearn") is None,

@@ -112,12 +112,12 @@ def test_two_hundred_repeats_are_bitwise_equal(kernels: Any, dtype: torch.dtype)
         assert all(torch.equal(a, b) for a, b in zip(first, results(kernels, x), strict=True))
 
 
-def test_offsets_past_two_to_the_31(kernels: Any) -> None:
+@pytest.mark.alone
+def test_offsets_past_two_to_the_31(kernels: Any, needs_memory: Callable[[int], None]) -> None:
     """The last image begins past 2^31 elements; its result equals that of the image alone."""
     tokens, dim = 12_545, 96
     images = 2**31 // (tokens * dim) + 2
-    if torch.cuda.get_device_properties(0).total_memory < 9 * images * tokens * dim * 2:
-        pytest.skip("not enough memory for tensors of 2^31 elements")
+    needs_memory(9 * images * tokens * dim * 2)
     x = made(tokens, dim, 3, torch.bfloat16, batch=1)
     wide = {n: x[n].detach().expand(images, -1, -1).contiguous() for n in ("query",)}
     query = wide["query"]
@@ -133,8 +133,10 @@ def test_offsets_past_two_to_the_31(kernels: Any) -> None:
     assert torch.equal(bank, again)
 
 
-def test_row_steps_past_two_to_the_31(kernels: Any) -> None:
+@pytest.mark.alone
+def test_row_steps_past_two_to_the_31(kernels: Any, needs_memory: Callable[[int], None]) -> None:
     """A view whose rows are 2^26 elements apart."""
+    needs_memory(41 * 2**26 * 2)
     base = torch.zeros(40 * 2**26, dtype=torch.float16, device="cuda")
     far = base.view(40, 2**26)[:, :16].unsqueeze(0)
     far.copy_(torch.randn(1, 40, 16))
@@ -218,6 +220,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True)
 
 
+@pytest.mark.compiles
 def test_compile_with_inductor(kernels: Any) -> None:
     x = made(49, 128, 4, torch.bfloat16)
     eager, _ = kernels.memory_context_attention(**x)

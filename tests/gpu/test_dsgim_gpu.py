@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -130,12 +131,12 @@ def test_memory_is_linear(kernels: Any) -> None:
     assert peak(lambda: kernels.powerset_loss(made, label).backward()) < 8 * 9 * 256 * 256 * 4
 
 
-def test_offsets_past_two_to_the_31(kernels: Any) -> None:
+@pytest.mark.alone
+def test_offsets_past_two_to_the_31(kernels: Any, needs_memory: Callable[[int], None]) -> None:
     """The last image begins past 2^31 elements; its results equal those of the image alone."""
     count, channels = 12_544, 384
     images = 2**31 // (count * channels) + 2
-    if torch.cuda.get_device_properties(0).total_memory < 8 * images * count * channels * 2:
-        pytest.skip("not enough memory for tensors of 2^31 elements")
+    needs_memory(8 * images * count * channels * 2)
     alone = [x.detach() for x in tokens(count, channels, torch.bfloat16, batch=1)]
     query, key, value = (x.expand(images, -1, -1).contiguous() for x in alone)
     assert query.numel() > 2**31
@@ -184,6 +185,7 @@ def test_no_host_sync(kernels: Any) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.compiles
 def test_compile_with_inductor(kernels: Any) -> None:
     query, key, value = tokens(196, 384, torch.bfloat16)
     made, label = logits(torch.bfloat16)

@@ -1,0 +1,88 @@
+"""The GPU that computes nothing: what a program sees of it, and what its tests may conclude."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import nullgpu
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    torch.version.cuda is None or shutil.which(os.environ.get("CC", "cc")) is None,
+    reason="the null GPU needs PyTorch with CUDA and a C compiler",
+)
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import torch
+from bench import nullgpu
+
+assert torch.cuda.get_device_name() == "null GPU sm_86" and torch.cuda.get_device_capability() == (8, 6)
+held = torch.empty(2**20, device="cuda")
+assert torch.cuda.memory_allocated() == 4 * 2**20
+try:
+    torch.empty(2**38, device="cuda")
+except torch.OutOfMemoryError:
+    pass
+else:
+    raise SystemExit("80 GB hold a terabyte")
+torch.nn.Conv2d(3, 4, 3).cuda()(torch.ones(1, 3, 8, 8, device="cuda"))
+held.exp2_()  # compiled by PyTorch at run time
+known = torch.tensor([3, 4], device="cuda")
+assert known.tolist() == [3, 4]
+graph, before = torch.cuda.CUDAGraph(), nullgpu.counters()
+with torch.cuda.graph(graph):
+    held + 1
+graph.replay()
+graph.replay()
+after = nullgpu.counters()
+assert after["graph_launches"] - before["graph_launches"] == 2 and after["launches"] > before["launches"]
+try:
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        float(held[0])
+except RuntimeError as error:
+    assert "capturing" in str(error)
+else:
+    raise SystemExit("a wait during a capture is no error")
+print("seen")
+"""
+TESTS = """
+def test_a_comparison():
+    assert 1 == 2
+
+def test_a_crash():
+    raise RuntimeError("cannot run")
+"""
+
+
+def test_what_a_program_sees(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, "-m", "bench.nullgpu", "--capability", "8.6", "python", str(program)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "seen\n", done.stderr
+
+
+def test_results_are_not_judged_and_crashes_fail(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(TESTS)
+    command = [sys.executable, "-m", "pytest", "-p", "bench.nullgpu.unjudged", "-p", "no:cacheprovider", "-q"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, str(tmp_path)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
+    assert "cannot run" in done.stdout
+
+
+def test_an_unknown_capability_is_named() -> None:
+    with pytest.raises(nullgpu.NullGPUError, match=r"--capability: got 7\.5, expected one of 8\.0"):
+        nullgpu.environment((7, 5))
+
+
+def test_counters_want_the_null_gpu() -> None:
+    with pytest.raises(nullgpu.NullGPUError, match="does not run on it"):
+        nullgpu.counters()

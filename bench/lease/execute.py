@@ -43,7 +43,7 @@ CACHES = ("triton", "inductor", "torch-home")
 LARGEST_FILE = 4 * 2**20
 # Seconds: between two looks at what stages wrote, between two bundles, for a stage to end once asked, kept for the end,
 # and left for a stage to begin.
-TICK, PACKED, GRACE, RESERVE, LEAST = 0.5, 5.0, 4.0, 8.0, 5.0
+TICK, PACKED, GRACE, RESERVE, LEAST = 0.5, 5.0, 4.0, 10.0, 5.0
 MEASURED = ROOT / "simmp_fast" / "kernels" / "measured.txt"
 
 

@@ -29,7 +29,7 @@ def interpreter_works() -> bool:
 def test_interpreted(path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(path)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1800)
     if result.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:  # the whole file skipped itself
         pytest.skip(result.stdout.partition("SKIPPED ")[2].strip() or result.stdout)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]

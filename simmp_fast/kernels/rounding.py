@@ -37,3 +37,8 @@ def operand(tile, PRECISION: tl.constexpr):
     if ROUND:
         tile = to_tf32(tile)
     return tile
+
+
+if INTERPRETED.value:
+    # The interpreter sets up every call of a compiled function anew, which takes longer than what these do.
+    to_tf32, operand = to_tf32.fn, operand.fn

@@ -3,7 +3,7 @@
 "ahead-of-time" rows were chosen by their resources alone (registers, stack, shared memory), without a GPU. On 9.0 a
 warp group takes 64 rows of a product, and those of attention lie one above the other: 8 warps on 64 rows compute
 everything twice, which rows for 9.0 avoid where nothing spills. Under Triton 3.9 four rows for TF32 keep a few words
-of their rounded operands in a stack ("3.9: 40 B"): a load from L1 is nothing beside products of 16 x 16 tiles.
+of their rounded operands in a stack ("3.9: 40 B"); what that costs was not measured.
 """
 
 from __future__ import annotations

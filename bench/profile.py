@@ -1,22 +1,23 @@
 """Where a training step's time goes, kernel by kernel: ``python -m bench.profile --backend triton-fast --out DIR``.
 
-Writes `profile.md` (the ten kernels that take most, and the ten longest stretches in which the device had nothing to
-do, between which kernels) and `profile.json` with all of them. A CPU has no kernels: PyTorch's operators stand for them
-there, each with the time that is its own.
+Writes `profile.md` (the thirty kernels that take most, and the ten longest stretches in which the device had nothing to
+do, between which kernels) and `profile.json` with all kernels and a hundred such stretches. A CPU has no kernels:
+PyTorch's operators stand for them there, each with the time that is its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from simmp_fast.cli.common import choose_device
@@ -28,8 +29,10 @@ from .cases import CPU_BATCH, GPU_BATCH, STEP
 from .measure import dtype_name
 from .rows import write
 
-SHOWN = 10
+SHOWN_KERNELS, SHOWN_GAPS, MOST_GAPS = 30, 10, 100
 LONGEST_NAME = 90
+# What of a trace ran on a GPU, by its category.
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
 @dataclass(frozen=True)
@@ -38,28 +41,32 @@ class Interval:
 
     Attributes:
         calls: 1 where the call began with it, 0 where it goes on after a call of its own.
+        blocks: of a kernel's grid; 0 where that is not known.
     """
 
     name: str
     start: float
     end: float
     calls: int = 1
+    blocks: int = 0
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """All calls of one kernel.
+    """All calls of one kernel with one size of grid.
 
     Attributes:
         calls: a step.
         ms: a step.
         share: of the time in which the device was at work; kernels that overlap count twice.
+        blocks: of its grid; 0 where that is not known.
     """
 
     name: str
     calls: float
     ms: float
     share: float
+    blocks: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class Profile:
         span_ms: from the first kernel's start to the last one's end, a step.
         busy_ms: of that, time in which at least one kernel ran.
         kernels: the most expensive first.
-        gaps: the longest first, of all steps.
+        gaps: the hundred longest of all steps, the longest first.
     """
 
     steps: int
@@ -107,30 +114,43 @@ def summarise(intervals: Sequence[Interval], steps: int) -> Profile:
         if current.end > covered:
             busy += current.end - max(covered, current.start)
             covered, last = current.end, current
-    by_name: dict[str, list[Interval]] = {}
+    alike: dict[tuple[str, int], list[Interval]] = {}
     for interval in ordered:
-        by_name.setdefault(interval.name, []).append(interval)
+        alike.setdefault((interval.name, interval.blocks), []).append(interval)
     kernels = []
-    for name, mine in by_name.items():
+    for (name, blocks), mine in alike.items():
         time = sum(interval.end - interval.start for interval in mine)
         calls = sum(interval.calls for interval in mine)
-        kernels.append(Kernel(name, calls / steps, time / 1e3 / steps, time / busy if busy else 0.0))
+        kernels.append(Kernel(name, calls / steps, time / 1e3 / steps, time / busy if busy else 0.0, blocks))
     return Profile(
         steps,
         (covered - ordered[0].start) / 1e3 / steps,
         busy / 1e3 / steps,
         sorted(kernels, key=lambda kernel: -kernel.ms),
-        sorted(gaps, key=lambda gap: -gap.us),
+        sorted(gaps, key=lambda gap: -gap.us)[:MOST_GAPS],
     )
 
 
 def intervals_of(record: Any, device: torch.device) -> list[Interval]:
     """What ran on the device while the profiler listened: kernels and copies, or a CPU's operators."""
-    events = [event for event in record.events() if not event.is_user_annotation]
     if device.type == "cuda":
-        kernels = [event for event in events if event.device_type == DeviceType.CUDA]
-        return [Interval(event.name, event.time_range.start, event.time_range.end) for event in kernels]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.json"
+            record.export_chrome_trace(str(path))  # the only record that has the grids
+            return traced(json.loads(path.read_text(encoding="utf-8")))
+    events = [event for event in record.events() if not event.is_user_annotation]
     return [piece for event in events if not event.name.startswith("[") for piece in _own(event)]
+
+
+def traced(trace: dict[str, Any]) -> list[Interval]:
+    """Kernels, copies and fillings of a trace in Chrome's format."""
+    found = []
+    for event in trace["traceEvents"]:
+        if event.get("ph") == "X" and event.get("cat") in ON_DEVICE:
+            start = float(event["ts"])
+            blocks = math.prod(event.get("args", {}).get("grid", [0]))
+            found.append(Interval(event["name"], start, start + float(event["dur"]), blocks=blocks))
+    return found
 
 
 def _own(event: Any) -> list[Interval]:
@@ -166,7 +186,7 @@ def listen(take: Callable[[], object], device: torch.device, count: int) -> Prof
 
 
 def markdown(found: Profile, title: str, where: dict[str, Any]) -> str:
-    """The ten largest kernels and gaps as tables."""
+    """The thirty largest kernels and ten longest gaps as tables."""
     idle = found.span_ms - found.busy_ms
     machine = where["gpu"] or where["cpu"]
     lines = [
@@ -178,15 +198,16 @@ def markdown(found: Profile, title: str, where: dict[str, Any]) -> str:
         f"({100 * idle / found.span_ms if found.span_ms else 0:.0f} %), in "
         f"{sum(kernel.calls for kernel in found.kernels):.0f} kernels and copies.",
         "",
-        "| kernel | calls a step | ms a step | share |",
-        "|---|---|---|---|",
+        "| kernel | blocks | calls a step | ms a step | share |",
+        "|---|---|---|---|---|",
     ]
     lines += [
-        f"| `{_short(kernel.name)}` | {kernel.calls:g} | {kernel.ms:.3f} | {100 * kernel.share:.1f} % |"
-        for kernel in found.kernels[:SHOWN]
+        f"| `{_short(kernel.name)}` | {kernel.blocks or ''} | {kernel.calls:g} | {kernel.ms:.3f} | "
+        f"{100 * kernel.share:.1f} % |"
+        for kernel in found.kernels[:SHOWN_KERNELS]
     ]
     lines += ["", "| gap, us | after | before |", "|---|---|---|"]
-    lines += [f"| {gap.us:.1f} | `{_short(gap.after)}` | `{_short(gap.before)}` |" for gap in found.gaps[:SHOWN]]
+    lines += [f"| {gap.us:.1f} | `{_short(gap.after)}` | `{_short(gap.before)}` |" for gap in found.gaps[:SHOWN_GAPS]]
     return "\n".join(lines) + "\n"
 
 

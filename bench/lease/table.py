@@ -16,7 +16,7 @@ from .predicted import PARTS, PEAK, REST
 from .predicted import STEP as STEPS
 from .record import read
 
-LARGEST = 10
+LARGEST = 20
 LONGEST_NAME = 60
 MOST_WRONG, LONGEST_MESSAGE = 12, 110
 PROFILE = "profile-"
@@ -158,10 +158,15 @@ def _kernels(profiles: dict[str, dict[str, Any]]) -> str:
         return ""
     form, found = list(profiles.items())[-1]
     rows = [
-        (f"`{kernel['name'][:LONGEST_NAME]}`", f"{kernel['calls']:g}", f"{kernel['ms']:.3f}")
+        (
+            f"`{kernel['name'][:LONGEST_NAME]}`",
+            kernel.get("blocks") or "",
+            f"{kernel['calls']:g}",
+            f"{kernel['ms']:.3f}",
+        )
         for kernel in found["kernels"][:LARGEST]
     ]
-    return _table((f"largest kernels of {form}", "calls a step", "ms a step"), rows)
+    return _table((f"largest kernels of {form}", "blocks", "calls a step", "ms a step"), rows)
 
 
 def _predictions(rows: Sequence[dict[str, Any]], profiles: dict[str, dict[str, Any]]) -> str:

@@ -19,9 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import hazards
+from . import descriptors, hazards
 from .configs import SHARED_LIMITS, TARGETS, Config, lookup, rows, widths
-from .fences import fenced
+from .hopper import mended
 from .launch import FP_FUSION, dot_precision
 
 # What is compiled for a dtype class, by the names PyTorch uses; TF32 is float32 with another product.
@@ -169,7 +169,7 @@ def compiled_kernel(case: Case) -> Any:
     source = ASTSource(how.kernel, types, constants, attributes)
     target = GPUTarget("cuda", case.capability[0] * 10 + case.capability[1], 32)
     options = {"num_warps": case.config.warps, "num_stages": case.config.stages, "enable_fp_fusion": FP_FUSION}
-    with fenced():
+    with mended():
         return triton.compile(source, target=target, options=options)
 
 
@@ -190,7 +190,8 @@ def resources_of(compiled: Any, capability: tuple[int, int]) -> Resources:
 
 def hazards_of(compiled: Any) -> list[hazards.Finding]:
     """The hazards in the machine code of a kernel that was compiled for Hopper."""
-    return hazards.check(hazards.disassemble(compiled.asm["cubin"]), compiled.metadata.num_warps)
+    sass = hazards.disassemble(compiled.asm["cubin"])
+    return [*hazards.check(sass, compiled.metadata.num_warps), *descriptors.check(sass)]
 
 
 def matrix_instructions(capability: tuple[int, int]) -> tuple[str, ...]:

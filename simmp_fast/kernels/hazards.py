@@ -38,6 +38,7 @@ class Kind(StrEnum):
     ACCUMULATOR = "early-accumulator"  # an accumulator is read or written before that
     REWRITE = "rewritten-shared"  # shared memory written between a warp group's wait and a barrier of all of them
     FENCE = "missing-fence"  # a product reads what ordinary stores or cp.async wrote, without a proxy fence between
+    DESCRIPTOR = "wrong-descriptor"  # a product is told to read elsewhere than in shared memory
 
 
 @dataclass(frozen=True, order=True)

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from .configs import Config
-from .fences import fenced
+from .hopper import mended
 
 # Triton 3.10 changes the default; the parity figures belong to fused multiply-adds.
 FP_FUSION = True
@@ -84,7 +84,7 @@ def launch(kernel: Any, grid: Sequence[int], config: Config, device: torch.devic
     if 0 in grid:
         return
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard, fenced():
+    with guard, mended():
         compiled = kernel[tuple(grid)](
             *args,
             **kwargs,

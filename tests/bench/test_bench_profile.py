@@ -31,6 +31,23 @@ def test_kernels_and_gaps() -> None:
     assert found.kernels[0].share == pytest.approx(30 / 33)
 
 
+def test_a_trace_of_a_gpu() -> None:
+    def event(name: str, start: float, took: float, category: str, **arguments: object) -> dict[str, object]:
+        return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": took, "args": arguments}
+
+    trace = [
+        {"ph": "M", "name": "process_name", "ts": 0, "args": {"name": "python"}},
+        event("cudaGraphLaunch", 0, 90, "cuda_runtime"),
+        event("attention_forward", 10, 4, "kernel", grid=[500, 1, 1], block=[256, 1, 1]),
+        event("attention_forward", 14, 1, "kernel", grid=[20, 2, 1], block=[256, 1, 1]),
+        event("Memcpy DtoD", 15, 2, "gpu_memcpy", bytes=8),
+    ]
+    found = profile.summarise(profile.traced({"traceEvents": trace}), steps=1)
+    assert [(k.name, k.blocks, pytest.approx(k.ms)) for k in found.kernels] == [
+        ("attention_forward", 500, 4e-3), ("Memcpy DtoD", 0, 2e-3), ("attention_forward", 40, 1e-3),
+    ]  # fmt: skip
+
+
 def test_nothing_ran() -> None:
     with pytest.raises(ValueError, match="intervals: got none"):
         profile.summarise([], 1)
@@ -44,9 +61,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out.strip() == text.strip()
     assert text.startswith("# Training step, portable, float32, batch 2")
     kernels = json.loads((out / "profile.json").read_text())["kernels"]
-    assert len(kernels) > profile.SHOWN
+    assert len(kernels) > profile.SHOWN_KERNELS
     assert any("convolution" in kernel["name"] for kernel in kernels)
-    assert text.count("\n| `") == profile.SHOWN
+    assert text.count("\n| `") == profile.SHOWN_KERNELS
     assert kernels == sorted(kernels, key=lambda kernel: -kernel["ms"])
 
 

@@ -30,7 +30,7 @@ def _context_step(
     key_b = key_a
     if DIM_B:
         key_b = load_rows(key, rows, stride_k, valid, DIM_A, DIM_B, DIM, PRECISION, MASKED)
-    score = product(query_a, query_b, key_a, key_b, DIM_B, PRECISION)
+    score = product(query_a, query_b, key_a, key_b, DIM_B, PRECISION, True)
     if MASKED:
         score = tl.where(valid[None, :], score, -float("inf"))
     higher = tl.maximum(best, tl.max(score, 1))
@@ -59,7 +59,7 @@ def _slot_tile(
     slot_b = slot_a
     if DIM_B:
         slot_b = load_rows(base, row, DIM, valid, DIM_A, DIM_B, DIM, PRECISION, True)
-    score = product(query_a, query_b, slot_a, slot_b, DIM_B, PRECISION)
+    score = product(query_a, query_b, slot_a, slot_b, DIM_B, PRECISION, True)
     return tl.where(valid[None, :], score, -float("inf")), slot_a, slot_b
 
 

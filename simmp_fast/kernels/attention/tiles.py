@@ -84,11 +84,21 @@ def store_rows(base, rows, stride_n, valid, tile, FIRST: tl.constexpr, WIDTH: tl
 
 
 @triton.jit
-def product(left_a, left_b, right_a, right_b, DIM_B: tl.constexpr, PRECISION: tl.constexpr):
-    """``left right^T`` over both parts of the head dim, float32."""
+def product(
+    left_a, left_b, right_a, right_b, DIM_B: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr = False
+):
+    """``left right^T`` over both parts of the head dim, float32.
+
+    Without tensor cores a product is one long chain of additions. With APART the parts are added up first, which keeps
+    the rounding of 256 channels within what PyTorch's products have; written as a sum the compiler would chain them
+    again. It takes registers that the backward does not have.
+    """
     total = tl.dot(left_a, tl.trans(right_a), input_precision=PRECISION)
     if DIM_B:
-        total = tl.dot(left_b, tl.trans(right_b), total, input_precision=PRECISION)
+        if APART and PRECISION == "ieee" and left_b.dtype == tl.float32:
+            total -= tl.dot(-left_b, tl.trans(right_b), input_precision=PRECISION)
+        else:
+            total = tl.dot(left_b, tl.trans(right_b), total, input_precision=PRECISION)
     return total
 
 

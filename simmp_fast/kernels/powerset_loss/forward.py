@@ -81,7 +81,8 @@ def powerset_loss_terms(
         entropy += tl.load(row + 2 * CLASSES, mask=tile < tiles, other=0.0)
     numerator = 2 * tl.sum(overlap, 0) + smooth
     denominator = tl.sum(square, 0) + tl.sum(count, 0) + smooth
-    dice = tl.sum(tl.where(inside, 1 - numerator / denominator, 0.0), 0) / CLASSES
+    # Rounded to nearest, so that a class without an error has a Dice loss of exactly 0.
+    dice = tl.sum(tl.where(inside, 1 - tl.div_rn(numerator, denominator), 0.0), 0) / CLASSES
     weight = 1.0
     if WEIGHTED:
         weight = tl.load(subset_weight + subset - 1)

@@ -15,8 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from parity import build, check_inputs
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from tf32 import Tf32Products, rounded
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dmwla_cases
@@ -41,28 +40,6 @@ TELLING = [
     ("memory_context_attention", "dim_256"),
     ("split_attention", "dim_384"),
 ]
-
-
-def rounded(x: Tensor) -> Tensor:
-    """`x` with float32 rounded to TF32: 10 bits of fraction, ties away from zero."""
-    if x.dtype != torch.float32:
-        return x
-    power = torch.frexp(x).exponent - 11
-    unit = torch.ldexp(torch.ones_like(x, dtype=torch.float64), power)
-    steps = x.double() / unit
-    return (steps.sign() * (steps.abs() + 0.5).floor() * unit).float()
-
-
-class Tf32Products(TorchDispatchMode):
-    """Rounds what goes into every float32 matrix product, of the forward and of the backward pass."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default):
-            self.products += 1
-            args = tuple(rounded(x) for x in args)
-        return func(*args, **(kwargs or {}))
-
-    products = 0
 
 
 @pytest.fixture(autouse=True)

@@ -43,9 +43,12 @@ def usable_cores() -> int:
 
 
 def _commit() -> str:
+    told = os.environ.get("SIMMP_FAST_COMMIT")
+    if told:  # a copy of the files, whose maker knows what they are; a history beside it may be another one
+        return told
     commit = git("rev-parse", "--short=12", "HEAD") if (ROOT / ".git").exists() else None
-    if commit is None:  # a copy of the files, whose maker may say what they are
-        return os.environ.get("SIMMP_FAST_COMMIT") or "unknown"
+    if commit is None:
+        return "unknown"
     changed = git("status", "--porcelain", "--", "simmp_fast", "bench")
     return f"{commit} with changes" if changed else commit
 

@@ -147,8 +147,9 @@ def _assign(s: Sizes, draw: _Draw) -> Problem:
 
 
 def _attention_inputs(s: Sizes, draw: _Draw, width: str = "D") -> dict[str, Tensor]:
-    tokens = {name: draw.tokens(s, width) for name in ("query", "key")}
-    return {**tokens, "value": draw.tokens(s, width, scale=1.0)}
+    """Keys have a mean, as the network's do: gradients whose row sums were rounded show only then."""
+    query, key = draw.tokens(s, width), draw.tokens(s, width) + 1
+    return {"query": query, "key": key, "value": draw.tokens(s, width, scale=1.0)}
 
 
 def _context(s: Sizes, draw: _Draw) -> Problem:

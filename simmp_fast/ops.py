@@ -24,9 +24,9 @@ from .validation import product_dtype
 logger = logging.getLogger(__name__)
 
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "portable": portable}
-_UNTRIED = (
-    "backend 'auto' takes the Triton kernels, which pass every test that needs no GPU and have not run on one yet "
-    "(docs/environment.md); backend 'portable' does without them"
+_TAKES_KERNELS = (
+    "backend 'auto' takes the Triton kernels (docs/gpu.md: what was tested on which GPU); backend 'portable' does "
+    "without them"
 )
 
 
@@ -167,7 +167,7 @@ def choose_backend(
     if backend == "auto" and reason is None and operator is not None:
         reason = _rather_portable(operator, products)  # who asks for `triton` gets it all the same
     if device.type == "cuda" and backend == "auto" and not torch.compiler.is_compiling():
-        _log_once(f"backend 'auto' takes portable: {reason}" if reason else _UNTRIED)
+        _log_once(f"backend 'auto' takes portable: {reason}" if reason else _TAKES_KERNELS)
     return "triton" if reason is None else "portable"
 
 

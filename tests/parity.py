@@ -7,7 +7,7 @@ Frobenius norm. Choices (clusters, slots, tokens) are right if equal, or as good
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,9 @@ GRADIENTS = {
 }
 FLOOR = 1e-6
 FLOOR_FLOAT64 = 1e-11
+# The largest error of few numbers is an accident: cases of at most FEW results are judged by DRAWS draws before
+# they fail. One draw in thirty fails where the candidate is the more exact one on average (33 bfloat16 tokens of 3).
+FEW, DRAWS = 1000, 8
 
 
 def case_names(operator: str) -> list[str]:
@@ -144,8 +147,16 @@ def check_case(
         seed: of the values.
         expand: give the backward pass a cotangent of strides 0.
     """
+    what = f"{operator}[{name}, {dtype}]"
     inputs = build(operator, name, seed=seed, dtype=dtype, device=device)
-    check_inputs(operator, candidate, inputs, f"{operator}[{name}, {dtype}]", expand=expand)
+    try:
+        check_inputs(operator, candidate, inputs, what, expand=expand)
+    except AssertionError:
+        if operator not in GRADIENTS or max(leaf.numel() for leaf in _leaves(operator, inputs)[1].values()) > FEW:
+            raise
+        seeds = range(seed, seed + DRAWS)
+        draws = [build(operator, name, seed=number, dtype=dtype, device=device) for number in seeds]
+        _check_gradients(f"{what}, {DRAWS} draws:", operator, candidate, draws, expand)
 
 
 def check_inputs(
@@ -154,7 +165,7 @@ def check_inputs(
     """Run `candidate` on any inputs and raise `AssertionError`, which begins with `what`, where it is not right."""
     before = {name: _copy(value) for name, value in inputs.items()}
     if operator in GRADIENTS:
-        _check_gradients(what, operator, candidate, inputs, expand)
+        _check_gradients(what, operator, candidate, [inputs], expand)
     else:
         _CHECKS[operator](what, candidate, inputs)
     for argument, value in inputs.items():
@@ -174,8 +185,21 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _check_gradients(
-    what: str, operator: str, candidate: Callable[..., Any], inputs: dict[str, Any], expand: bool
+    what: str, operator: str, candidate: Callable[..., Any], draws: Sequence[dict[str, Any]], expand: bool
 ) -> None:
+    """Compare output and gradients of the candidate, over all draws of a case together."""
+    found = [_results(what, operator, candidate, inputs, expand) for inputs in draws]
+    gradients = (truth for each in found for name, (_, _, truth) in each.items() if name != "output")
+    terms = max((float(truth.abs().max()) for truth in gradients if truth.numel()), default=0.0)
+    for name in found[0]:
+        got, own, truth = (torch.stack(parts) for parts in zip(*(each[name] for each in found), strict=True))
+        check_close(f"{what} {name}", got, own, truth, 0.0 if name == "output" else terms)
+
+
+def _results(
+    what: str, operator: str, candidate: Callable[..., Any], inputs: dict[str, Any], expand: bool
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """The output and every gradient: the candidate's, the definition's in the same dtype, and in float64."""
     output, gradients, cluster = named_gradients(operator, candidate, inputs, expand=expand)
     if cluster is not None:
         fixed = inputs.get("cluster")
@@ -187,10 +211,8 @@ def _check_gradients(
     definition = getattr(reference, operator)
     own, own_gradients, _ = named_gradients(operator, definition, inputs, expand=expand)
     truth, true_gradients, _ = named_gradients(operator, definition, _in_float64(inputs), expand=expand)
-    check_close(f"{what} output", output, own, truth)
-    terms = max((float(g.abs().max()) for g in true_gradients.values() if g.numel()), default=0.0)
-    for name, gradient in gradients.items():
-        check_close(f"{what} gradient of {name}", gradient, own_gradients[name], true_gradients[name], terms)
+    named = {f"gradient of {name}": (g, own_gradients[name], true_gradients[name]) for name, g in gradients.items()}
+    return {"output": (output, own, truth), **named}
 
 
 def check_assignment(what: str, query: Tensor, prototypes: Tensor, cluster: Tensor, metric: str) -> None:
@@ -248,7 +270,8 @@ def _check_threshold(what: str, candidate: Callable[..., Any], inputs: dict[str,
 def _check_update(what: str, candidate: Callable[..., Any], inputs: dict[str, Any]) -> None:
     memory, prototypes = candidate(**inputs)
     if inputs.get("cluster") is None:
-        chosen = reference.assign_clusters(inputs["tokens"], inputs["prototypes"], metric="dot")
+        # In float64: under TF32 the definition's own products would send tokens elsewhere.
+        chosen = reference.assign_clusters(inputs["tokens"].double(), inputs["prototypes"].double(), metric="dot")
         inputs = {**inputs, "cluster": chosen}
     own, _ = reference.update_memory(**inputs)
     truth, _ = reference.update_memory(**_in_float64(inputs))

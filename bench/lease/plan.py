@@ -15,7 +15,7 @@ PYTHON = "{python}"
 FORMS = (
     # backend, dtype, most seconds, profiled in the same process
     ("reference", "float32", 45, False),
-    ("triton", "bfloat16", 30, False),
+    ("triton", "bfloat16", 45, False),
     ("triton-graph", "bfloat16", 40, True),
     ("portable", "bfloat16", 30, False),
     ("reference", "bfloat16", 35, False),

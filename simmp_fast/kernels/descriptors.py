@@ -6,8 +6,8 @@ another register in place of the lower one: the product then reads anywhere, or 
 there, so the walk for hazards sees nothing.
 
 Here it is followed through every path what each uniform register may have been made from. An address must come from
-the base of shared memory, never from arguments or the block's number; the upper register from constants alone. What is
-handed over from the registers of a thread is not followed further, and believed.
+the base of shared memory, and neither of the two from arguments or the block's number. What is handed over from the
+registers of a thread is not followed further, and believed.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _wrong(here: Instruction, state: _State) -> Iterator[str]:
             low, high = (state[int(found[1]) + pair + word] for word in (0, 1))
             if low - {BASE, THREAD} or not low:
                 yield f"UR{int(found[1]) + pair} comes from {', '.join(sorted(low)) or 'constants'}"
-            elif high - {THREAD}:
+            elif high - {THREAD, BASE}:  # the two words may have been exchanged by three exclusive ors
                 yield f"UR{int(found[1]) + pair + 1} comes from {', '.join(sorted(high))}"
 
 

@@ -284,7 +284,10 @@ def test_the_table_says_what_was_found(tmp_path: Path) -> None:
     whole = {**row, "median_ms": 84.0, "rate": 238.1, "peak_bytes": 9.1 * 2**30, "parity": "passed"}
     append(tmp_path / RESULTS, whole)
     append(tmp_path / RESULTS, {**row, "operator": "split_attention", "parity": "failed", "message": "too far"})
-    kernels = [{"name": "attention_forward", "calls": 9, "ms": 9.4}, {"name": "gemm", "calls": 3, "ms": 2.0}]
+    kernels = [
+        {"name": "attention_forward", "blocks": 500, "calls": 9, "ms": 9.4},
+        {"name": "gemm", "calls": 3, "ms": 2.0},
+    ]
     stages = tmp_path / "stages" / "step-triton-bfloat16"
     stages.mkdir(parents=True)
     (stages / "profile-triton-bfloat16.json").write_text(json.dumps({"kernels": kernels}))
@@ -297,7 +300,7 @@ def test_the_table_says_what_was_found(tmp_path: Path) -> None:
         "| split_attention | triton | bfloat16 | B=20 | parity failed: too far |",
         "| triton | bfloat16 | 84.00 | 238 | 9.10 |  | parity passed |",
         "| peak GiB, triton bfloat16 | 4.55 | 9.10 | 2.00 |",
-        "| `attention_forward` | 9 | 9.400 |",
+        "| `attention_forward` | 500 | 9 | 9.400 |",
         "| step, triton | 42 | 84.00 | 2.00 |",
         "| attention, triton | 4.7 | 9.40 | 2.00 |",
     ):

@@ -63,6 +63,15 @@ def test_parity_on_the_edge_grid(kernels: Any, operator: str, name: str, dtype: 
     check_case(operator, getattr(kernels, operator), name, dtype, "cuda")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", case_names("context_attention"))
+def test_parity_of_the_fused_attention_of_pytorch(name: str, dtype: torch.dtype) -> None:
+    """What portable takes on a GPU: a rival of the kernels, held to the same rule."""
+    from simmp_fast import portable
+
+    check_case("context_attention", portable.context_attention, name, dtype, "cuda")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("precision", ["highest", "high"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

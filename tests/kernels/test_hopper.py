@@ -24,8 +24,9 @@ def test_a_fence_stands_between_the_wait_and_the_barrier() -> None:
 class Tools:
     """Triton's settings, as far as they are used."""
 
-    ptxas = OLD
-    ptxas_blackwell = types.SimpleNamespace(path=NEW)
+    def __init__(self, version: str) -> None:
+        self.ptxas = types.SimpleNamespace(path=OLD, version=version)
+        self.ptxas_blackwell = types.SimpleNamespace(path=NEW, version="13.1")
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
@@ -33,37 +34,72 @@ class Tools:
         yield
         self.ptxas = before
 
+    def assemble(self, source: str, metadata: object) -> str:
+        return self.ptxas if isinstance(self.ptxas, str) else self.ptxas.path
 
-@pytest.mark.parametrize(("capability", "mended"), [(90, True), (80, False), (100, False), (None, False)])
-def test_only_hopper_is_mended_and_a_hook_that_was_there_is_kept(
-    monkeypatch: pytest.MonkeyPatch, capability: int | None, mended: bool
-) -> None:
-    seen = []
-    tools = Tools()
-    runtime = types.SimpleNamespace(add_stages_inspection_hook=lambda *a: seen.append(a))
-    before = runtime.add_stages_inspection_hook
-    monkeypatch.setattr(hopper.triton, "knobs", types.SimpleNamespace(runtime=runtime, nvidia=tools))
-    monkeypatch.setattr(hopper, "NEEDED", True)
+
+@pytest.fixture
+def tools(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Tools]:
+    """A Triton with one version of ptxas, and no hook."""
+    found = Tools(request.param)
+    runtime = types.SimpleNamespace(add_stages_inspection_hook=None)
+    monkeypatch.setattr(hopper.triton, "knobs", types.SimpleNamespace(runtime=runtime, nvidia=found))
     monkeypatch.delenv(hopper.CHOSEN, raising=False)
-    stages = {"ptx": lambda source, metadata: PTX, "cubin": lambda source, metadata: tools.ptxas}
+    hopper.assembler_needed.cache_clear()
+    yield found
+    hopper.assembler_needed.cache_clear()
+
+
+def compiled(tools: Tools, capability: int | None) -> tuple[str, str]:
+    """What the last two stages of a compiler make under the mending."""
+    stages = {"ptx": lambda source, metadata: PTX, "cubin": tools.assemble}
     with hopper.mended():
-        runtime.add_stages_inspection_hook("backend", stages, "options", "language", capability)
+        hook = triton.knobs.runtime.add_stages_inspection_hook
+        if hook is not None:
+            hook("backend", stages, "options", "language", capability)
+    return stages["ptx"]("", {}), stages["cubin"]("", {})
+
+
+@pytest.mark.parametrize("tools", ["12.8"], indirect=True)
+@pytest.mark.parametrize("capability", [90, 80, 100, None])
+@pytest.mark.parametrize("fences", [True, False])
+def test_only_hopper_is_mended(
+    tools: Tools, capability: int | None, fences: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hopper, "FENCES_NEEDED", fences)
+    ptx, assembler = compiled(tools, capability)
+    assert ("fence.proxy.async" in ptx) == (fences and capability == 90)
+    assert assembler == (NEW if capability == 90 else OLD)
+    assert tools.ptxas.path == OLD, "only while a kernel is assembled"
+
+
+@pytest.mark.parametrize("tools", ["12.8"], indirect=True)
+def test_a_hook_that_was_there_is_kept(tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def before(*arguments: object) -> tuple[str, str] | None:
+        seen.append(arguments)
+        return None if arguments else ("their key", "their digest")
+
+    triton.knobs.runtime.add_stages_inspection_hook = before
+    compiled(tools, 90)
     assert len(seen) == 1
-    assert ("fence.proxy.async" in stages["ptx"]("", {})) == mended
-    assert stages["cubin"]("", {}) == (NEW if mended else OLD)
-    assert tools.ptxas == OLD, "only while a kernel is assembled"
-    assert runtime.add_stages_inspection_hook is before
-
-
-def test_an_assembler_that_the_user_names_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    tools = Tools()
-    monkeypatch.setattr(hopper.triton, "knobs", types.SimpleNamespace(nvidia=tools))
-    monkeypatch.setenv(hopper.CHOSEN, "/opt/ptxas")
-    assert hopper.newer_assembler(lambda source, metadata: tools.ptxas)("", {}) == OLD
-
-
-def test_newer_compilers_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper, "NEEDED", False)
-    monkeypatch.setattr(hopper.triton, "knobs", None)
     with hopper.mended():
-        pass
+        key, digest = triton.knobs.runtime.add_stages_inspection_hook()
+    assert key.startswith("their key")
+    assert digest.startswith("their digest")
+    assert "simmp_fast" in key
+    assert triton.knobs.runtime.add_stages_inspection_hook is before
+
+
+@pytest.mark.parametrize("tools", ["12.8"], indirect=True)
+def test_an_assembler_that_the_user_names_is_kept(tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(hopper.CHOSEN, "/opt/ptxas")
+    assert compiled(tools, 90)[1] == OLD
+
+
+@pytest.mark.parametrize("tools", ["12.9", "13.0"], indirect=True)
+def test_newer_compilers_are_left_alone(tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "FENCES_NEEDED", False)
+    with hopper.mended():
+        assert triton.knobs.runtime.add_stages_inspection_hook is None

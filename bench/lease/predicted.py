@@ -1,4 +1,4 @@
-"""What the step is expected to take on an H100: predictions, to be read beside measurements. None was measured.
+"""What the step is expected to take on an H100: predictions, to be read beside measurements (docs/gpu.md).
 
 They come from the kernels' machine code for sm_90 (registers, instructions, programs a multiprocessor), operations and
 bytes by formula, and assumed ceilings of 798 TFLOP/s in bfloat16 and 3.0 TB/s; each may be off by a third. For a batch

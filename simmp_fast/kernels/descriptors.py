@@ -1,9 +1,9 @@
 """A static check of where Hopper's matrix products are told to read shared memory.
 
 A product by a warp group takes its operands in shared memory by descriptor: a pair of uniform registers, the address in
-the lower one and constants (layout, strides) in the upper one. ptxas 12.8, the one in Triton 3.6, now and then takes
-another register in place of the lower one: the product then reads anywhere, or faults. No register or barrier is wrong
-there, so the walk for hazards sees nothing.
+the lower one and constants (layout, strides) in the upper one. ptxas 12.8, the one in Triton 3.6 and 3.7, now and then
+takes another register in place of the lower one: the product then reads anywhere, or faults. No barrier is wrong there,
+so the walk for hazards sees nothing.
 
 Here it is followed through every path what each uniform register may have been made from. An address must come from
 the base of shared memory, and neither of the two from arguments or the block's number. What is handed over from the
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from .hazards import Finding, Instruction, Kind, parse
 
@@ -23,26 +22,17 @@ _DESCRIPTOR = re.compile(r"gdesc\[UR(\d+)\]")
 # What a register may be made from; constants leave no trace.
 BASE, BLOCK, ARGUMENT, THREAD, UNSET = "shared memory", "the block's number", "an argument", "a thread", "nothing"
 Origin = frozenset[str]
-_CONSTANT: Origin = frozenset()
 _REGISTERS = 64
 _State = tuple[Origin, ...]
 
 
-@dataclass(frozen=True)
-class _Step:
-    """What an instruction does to uniform registers."""
-
-    result: int
-    width: int
-
-
-def _result(here: Instruction) -> _Step | None:
+def _result(here: Instruction) -> tuple[int, int] | None:
     """The uniform register that is written, and how many; None if none is."""
     for operand in here.operands:
         found = re.fullmatch(r"UR(\d+)(\.\w+)*", operand)
         if found:
             wide = ".64" in here.opcode or "WIDE" in here.opcode
-            return _Step(int(found[1]), 2 if wide else 1)
+            return int(found[1]), 2 if wide else 1
         if not re.fullmatch(r"!?U?P(\d|T)", operand):
             return None
     return None
@@ -69,11 +59,12 @@ def _sources(here: Instruction, state: _State, half: int) -> Origin:
 
 
 def _after(here: Instruction, state: _State) -> _State:
-    step = _result(here)
-    if step is None or here.is_product:
+    """The state behind an instruction."""
+    result = _result(here)
+    if result is None or here.is_product:
         return state
     changed = list(state)
-    for half in range(step.width):
+    for half in range(result[1]):
         if here.name == "S2UR":
             special = here.operands[-1]
             new = frozenset({BASE if "CgaCtaId" in special else BLOCK if "CTAID" in special else THREAD})
@@ -83,7 +74,7 @@ def _after(here: Instruction, state: _State) -> _State:
             new = frozenset({THREAD})
         else:
             new = _sources(here, state, half)
-        number = step.result + half
+        number = result[0] + half
         changed[number] = new | changed[number] if here.predicate else new
     return tuple(changed)
 
@@ -105,6 +96,7 @@ def _wrong(here: Instruction, state: _State) -> Iterator[str]:
 
 
 def _ways(at: int, here: Instruction, labels: dict[str, int]) -> list[int] | None:
+    """Where an instruction that branches goes on; None where the next one follows."""
     onward = [at + 1] if here.conditional else []
     if here.name in ("BRA", "BSSY", "CALL"):
         # Both ways: where threads meet again, or a call returns, is a way as well.

@@ -82,7 +82,7 @@ def _slot_weights(
         score = tl.dot(q_a, tl.trans(slot_a), input_precision=PRECISION)
         slope = tl.dot(grad_a, tl.trans(slot_a), input_precision=PRECISION)
         if DIM_B:
-            score = tl.dot(q_b, tl.trans(slot_b), score, input_precision=PRECISION)
+            score -= tl.dot(-q_b, tl.trans(slot_b), input_precision=PRECISION)  # apart, as the forward adds them up
             slope = tl.dot(grad_b, tl.trans(slot_b), slope, input_precision=PRECISION)
     else:
         score = product(q_a, q_b, slot_a, slot_b, DIM_B, PRECISION)

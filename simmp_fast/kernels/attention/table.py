@@ -2,8 +2,8 @@
 
 "ahead-of-time" rows were chosen by their resources alone (registers, stack, shared memory), without a GPU. On 9.0 a
 warp group takes 64 rows of a product, and those of attention lie one above the other: 8 warps on 64 rows compute
-everything twice, which rows for 9.0 avoid where nothing spills. Under Triton 3.9 four rows for TF32 and two for float32
-keep a few words of their operands in a stack ("3.9: 40 B"); what that costs was not measured.
+everything twice, which rows for 9.0 avoid where nothing spills. Under Triton 3.9 four rows for TF32 and four for
+float32 keep a few words of their operands in a stack ("3.9: 40 B"); what that costs was not measured.
 """
 
 from __future__ import annotations
@@ -102,14 +102,14 @@ context_backward_query        tf32    256 small       BLOCK_M=16,BLOCK_N=16,BLOC
 memory_forward float32 256 all BLOCK_M=16,BLOCK_N=16,BLOCK_S=16,HOIST=0 8 1 33 24 ahead-of-time # 3.9: 24 B
 memory_forward                tf32    128 all         BLOCK_M=32,BLOCK_N=32,BLOCK_S=32,HOIST=0   8 1 48  0 ahead-of-time
 memory_forward                tf32    256 all         BLOCK_M=32,BLOCK_N=16,BLOCK_S=16,HOIST=0   8 1 64  0 ahead-of-time
-memory_backward_query float32 256 all BLOCK_M=16,BLOCK_N=16,BLOCK_S=16,HOIST=0 8 1 49 16 ahead-of-time # Triton 3.6, 9.0
+memory_backward_query float32 256 all BLOCK_M=16,BLOCK_N=16,BLOCK_S=16,HOIST=0 8 1 49 16 ahead-of-time # 3.9: 16 B
 memory_backward_query         tf32    128 all         BLOCK_M=16,BLOCK_N=16,BLOCK_S=16,HOIST=0   4 1 32  0 ahead-of-time
 memory_backward_query tf32 256 all BLOCK_M=16,BLOCK_N=32,BLOCK_S=16,HOIST=0 8 1 64 40 ahead-of-time # 3.9: 40 B
 memory_context_forward float32 256 all BLOCK_M=16,BLOCK_N=16,BLOCK_S=16,HOIST=0 8 1 33 40 ahead-of-time # 3.9: 40 B
 memory_context_forward        tf32    128 10.0        BLOCK_M=32,BLOCK_N=32,BLOCK_S=32,HOIST=0   4 1 49  0 ahead-of-time
 memory_context_forward        tf32    128 all         BLOCK_M=32,BLOCK_N=32,BLOCK_S=32,HOIST=0   8 1 48  0 ahead-of-time
 memory_context_forward        tf32    256 all         BLOCK_M=32,BLOCK_N=16,BLOCK_S=16,HOIST=0   8 1 64  0 ahead-of-time
-memory_context_backward_query float32 256 all         BLOCK_M=16,BLOCK_N=16,BLOCK_S=16,HOIST=0   8 1 64  0 ahead-of-time
+memory_context_backward_query float32 256 all BLOCK_M=16,BLOCK_N=16,BLOCK_S=16,HOIST=0 8 1 64 32 ahead-of-time # 3.9: 32
 memory_context_backward_query tf32 128 all BLOCK_M=32,BLOCK_N=16,BLOCK_S=16,HOIST=0 8 1 56 40 ahead-of-time # 3.9: 40 B
 memory_context_backward_query tf32 256 all BLOCK_M=16,BLOCK_N=16,BLOCK_S=16,HOIST=0 8 1 80 40 ahead-of-time # 3.9: 40 B
 context_backward_key_value    float32 256 all         BLOCK_M=16,BLOCK_N=16,HOIST=0              8 1 66  0 ahead-of-time

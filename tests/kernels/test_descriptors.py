@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 
 triton = pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from sass import program  # noqa: E402
 
 from simmp_fast.kernels.descriptors import check  # noqa: E402
 from simmp_fast.kernels.hazards import Kind  # noqa: E402
@@ -25,18 +31,6 @@ PRODUCT = "HGMMA.64x32x16.F32.BF16 R88, R24, gdesc[UR12].tnspB, R88, gsb0"
 BOTH = "HGMMA.64x32x16.F32.BF16 R88, gdesc[UR12], R88, gsb0"
 
 
-def program(*lines: str) -> str:
-    """A disassembly: labels end with a colon, all else is an instruction."""
-    text, address = [], 0
-    for part in (*START, *lines, "EXIT"):
-        if part.endswith(":"):
-            text.append(part)
-            continue
-        text.append(f"        /*{address:04x}*/                   {part} ;")
-        address += 16
-    return "\n".join(text)
-
-
 @pytest.mark.parametrize(
     "lines",
     [
@@ -49,7 +43,7 @@ def program(*lines: str) -> str:
     ],
 )
 def test_addresses_in_shared_memory_are_right(lines: tuple[str, ...]) -> None:
-    assert check(program(*lines)) == []
+    assert check(program(*START, *lines, "EXIT")) == []
 
 
 @pytest.mark.parametrize(
@@ -72,10 +66,10 @@ def test_addresses_in_shared_memory_are_right(lines: tuple[str, ...]) -> None:
     ],
 )
 def test_other_addresses_are_found(lines: tuple[str, ...], cause: str) -> None:
-    (finding,) = check(program(*lines))
+    (finding,) = check(program(*START, *lines, "EXIT"))
     assert finding.kind == Kind.DESCRIPTOR
     assert finding.later_text == cause
 
 
 def test_code_without_products_is_not_walked() -> None:
-    assert check(program("BRX R2")) == []
+    assert check(program(*START, "BRX R2", "EXIT")) == []

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
+from pathlib import Path
 
 import pytest
 
 triton = pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from sass import program  # noqa: E402
 
 from simmp_fast.kernels.aot import Case, Resources, compiled_kernel, faults, hazards_of, plan  # noqa: E402
 from simmp_fast.kernels.compile import MIX, is_current, line, load_kernels, parse  # noqa: E402
@@ -26,18 +31,6 @@ BARRIER = "BAR.SYNC.DEFER_BLOCKING 0x0"
 COPY = "LDGSTS.E.BYPASS.128 [R2+0x1000], desc[UR4][R4.64], !P0"
 ARRIVE = "DEPBAR.LE SB0, 0x0"
 STORE = "STS.128 [R9+UR33], R16"
-
-
-def program(*lines: str) -> str:
-    """A disassembly: labels end with a colon, all else is an instruction."""
-    text, address = [], 0
-    for part in lines:
-        if part.endswith(":"):
-            text.append(part)
-            continue
-        text.append(f"        /*{address:04x}*/                   {part} ;")
-        address += 16
-    return "\n".join(text)
 
 
 def kinds(*lines: str, warps: int = 8) -> list[Kind]:

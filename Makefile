@@ -24,7 +24,8 @@ demo: setup ## prepare, train, evaluate and predict on a real MRI template; pict
 	$(BIN)/simmp-fast demo --out demo
 
 test: setup ## run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not alone' -n auto --maxprocesses 12 --dist worksteal
+	$(BIN)/python -m pytest -m alone
 
 rehearse: setup ## docs/lease.md without a GPU: compile for it, run all calls, cut them and go on
 	$(BIN)/python -m bench.warm make rehearsal/warm.tar.xz --cache rehearsal/cache

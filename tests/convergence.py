@@ -1,6 +1,6 @@
 """Training runs that differ in rounding alone: how far apart they drift, and which discrete choices they make.
 
-A run is 32 steps on slices of the demo's template. The yardstick is the definition itself, started once more from
+A run is some tens of steps on slices of the demo's template. The yardstick is the definition itself, started once more from
 parameters moved by one unit in the last place: what that does to losses, parameters and choices is what rounding does.
 """
 
@@ -25,7 +25,6 @@ from simmp_fast.data.prepare import prepare
 from simmp_fast.model import SimMPNet
 from simmp_fast.training.step import TrainStep, make_optimizer
 
-STEPS = 32
 Batch = tuple[Tensor, Tensor]
 Choice = tuple[str, Tensor]
 # How many times the definition's own spread a run may reach, as in the parity of one operator.
@@ -36,7 +35,7 @@ SOONER = 4
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left: ``losses [STEPS]``, parameters and memory banks as vectors, and the choices of every step."""
+    """What a run left: ``losses [steps]``, parameters and memory banks as vectors, and the choices of every step."""
 
     losses: Tensor
     parameters: Tensor
@@ -44,7 +43,7 @@ class Outcome:
     choices: list[list[Choice]]
 
 
-def batches(folder: Path, image_size: int, batch_size: int) -> list[Batch]:
+def batches(folder: Path, image_size: int, batch_size: int, steps: int) -> list[Batch]:
     """The batches of a run: the demo's training slices, without augmentation, epoch after epoch.
 
     `folder` is a prepared cache of the demo, or where one is made.
@@ -52,10 +51,10 @@ def batches(folder: Path, image_size: int, batch_size: int) -> list[Batch]:
     cache = Cache.open(folder) if is_cache(folder) else prepare(DemoSource(), folder, image_size, progress=False)
     found: list[Batch] = []
     epoch = 0
-    while len(found) < STEPS:
+    while len(found) < steps:
         found += slice_loader(cache, "train", batch_size, epoch=epoch, augment=False)
         epoch += 1
-    return found[:STEPS]
+    return found[:steps]
 
 
 def _far_sets(row_mean: Tensor, threshold: Tensor) -> Tensor:
@@ -156,7 +155,7 @@ class Drift:
     """How far two runs are apart.
 
     Attributes:
-        losses: ``[STEPS]``, the largest relative difference of the loss up to each step.
+        losses: ``[steps]``, the largest relative difference of the loss up to each step.
         parameters: norm of the difference of the parameters over the norm of the parameters.
         banks: the same of memory and prototypes.
         choices: share of differing choices by kind, over all steps.

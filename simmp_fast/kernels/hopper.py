@@ -82,10 +82,10 @@ def _hook(before: Callable[..., Any] | None) -> Callable[..., Any]:
 @contextlib.contextmanager
 def mended() -> Iterator[None]:
     """Kernels that are compiled meanwhile are spared their compilers' faults; where there are none nothing is done."""
-    if not (FENCES_NEEDED or assembler_needed()):
+    runtime = triton.knobs.runtime
+    if runtime.interpret or not (FENCES_NEEDED or assembler_needed()):
         yield
         return
-    runtime = triton.knobs.runtime
     before = runtime.add_stages_inspection_hook
     runtime.add_stages_inspection_hook = _hook(before)
     try:

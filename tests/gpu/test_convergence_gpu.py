@@ -26,12 +26,13 @@ pytestmark = [
     ),
 ]
 pytest.importorskip("triton")
+STEPS = 32
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> list[Batch]:
     folder = Path(CACHE) if CACHE else tmp_path_factory.mktemp("demo") / "cache"
-    return batches(folder, preset("small").model.image_size, 8)
+    return batches(folder, preset("small").model.image_size, 8, STEPS)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

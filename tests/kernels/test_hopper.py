@@ -42,7 +42,7 @@ class Tools:
 def tools(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Tools]:
     """A Triton with one version of ptxas, and no hook."""
     found = Tools(request.param)
-    runtime = types.SimpleNamespace(add_stages_inspection_hook=None)
+    runtime = types.SimpleNamespace(add_stages_inspection_hook=None, interpret=False)
     monkeypatch.setattr(hopper.triton, "knobs", types.SimpleNamespace(runtime=runtime, nvidia=found))
     monkeypatch.delenv(hopper.CHOSEN, raising=False)
     hopper.assembler_needed.cache_clear()
@@ -101,5 +101,13 @@ def test_an_assembler_that_the_user_names_is_kept(tools: Tools, monkeypatch: pyt
 @pytest.mark.parametrize("tools", ["12.9", "13.0"], indirect=True)
 def test_newer_compilers_are_left_alone(tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper, "FENCES_NEEDED", False)
+    with hopper.mended():
+        assert triton.knobs.runtime.add_stages_inspection_hook is None
+
+
+@pytest.mark.parametrize("tools", ["12.8"], indirect=True)
+def test_the_interpreter_asks_for_no_assembler(tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    monkeypatch.delattr(tools, "ptxas")
     with hopper.mended():
         assert triton.knobs.runtime.add_stages_inspection_hook is None

@@ -43,6 +43,7 @@ CASES = (
     ("split_threshold", "many_tokens"),
     ("split_attention", "tile_and_one_paper"),
     ("split_attention", "dim_65"),
+    ("split_attention", "dim_256"),
     ("powerset_loss", "odd"),
     ("powerset_loss", "widest"),
 )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from convergence import Batch, batches, drift, excess, run, spread
+from convergence import NUDGES, Batch, batches, judged, run, spread
 
 from simmp_fast.config import preset
 
@@ -42,8 +43,8 @@ def test_kernels_and_portable(data: list[Batch], precision: str) -> None:
     train = replace(config.train, lr=3e-4, precision=precision)
     cuda = torch.device("cuda")
     definition = run(model, train, data, "reference", cuda)
-    nudged = [run(model, train, data, "reference", cuda, nudged=seed) for seed in range(8)]
+    nudged = [run(model, train, data, "reference", cuda, nudged=seed) for seed in range(NUDGES)]
     allowed = spread([definition, *nudged])
     for backend in ("portable", "triton"):
-        wrong = excess(drift(run(model, train, data, backend, cuda), definition), allowed)
+        wrong = judged(partial(run, model, train, data, backend, cuda), definition, allowed)
         assert not wrong, f"{backend}: {wrong}"

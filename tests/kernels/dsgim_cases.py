@@ -75,7 +75,7 @@ def _loss(m: Maker, label: tuple[int, int, int], classes: int, *grids: tuple[int
 
 def register() -> None:
     """Add the cases to the shared registry."""
-    for dim in (17, 64, 65, 200, 384, 400):
+    for dim in (17, 64, 65, 200, 256, 384, 400):
         CASES["split_attention"][f"dim_{dim}"] = lambda m, d=dim: _split(m, 1, 18, d)
     for variant in ("paper", "released"):
         CASES["split_attention"][f"tile_and_one_{variant}"] = lambda m, v=variant: _split(m, 2, 65, 8, v)

@@ -93,7 +93,7 @@ def split_attention_query_backward(
                 gradient = operand(gradient.to(key.dtype.element_ty), PRECISION)
                 updated = ()
                 for i in tl.static_range(GROUP):
-                    k = load_chunk(keys, valid, group * GROUP + i, CHANNELS, BLOCK_C, PRECISION)
+                    k = load_chunk(keys, valid, group * GROUP + i, CHANNELS, BLOCK_C, PRECISION, GROUP)
                     updated = append(updated, tl.dot(gradient, k, accumulators[i], input_precision=PRECISION))
                 accumulators = updated
 
@@ -155,7 +155,7 @@ def _key_side(
         factor = tl.trans(operand(factor.to(query.dtype.element_ty), PRECISION))
         updated = ()
         for i in tl.static_range(GROUP):
-            chunk = load_chunk(partner, row_valid, group * GROUP + i, CHANNELS, BLOCK_C, PRECISION)
+            chunk = load_chunk(partner, row_valid, group * GROUP + i, CHANNELS, BLOCK_C, PRECISION, GROUP)
             updated = append(updated, tl.dot(factor, chunk, accumulators[i], input_precision=PRECISION))
         accumulators = updated
 

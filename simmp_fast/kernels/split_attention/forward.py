@@ -102,7 +102,7 @@ def split_attention_forward(
         values = token_pointers(value, image, columns, value_b, value_n)
         updated = ()
         for i in tl.static_range(GROUP):
-            v = load_chunk(values, valid, group * GROUP + i, CHANNELS, BLOCK_C, PRECISION)
+            v = load_chunk(values, valid, group * GROUP + i, CHANNELS, BLOCK_C, PRECISION, GROUP)
             updated = append(updated, tl.dot(weights, v, accumulators[i], input_precision=PRECISION))
         accumulators = updated
 

@@ -20,13 +20,16 @@ def token_pointers(base, image, tokens, stride_b, stride_n):
 
 
 @triton.jit
-def load_chunk(pointers, valid, chunk, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
+def load_chunk(
+    pointers, valid, chunk,
+    CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr = 1,
+):  # fmt: skip
     """``[tokens, BLOCK_C]``: the channels of one chunk as products of this precision take them, 0 past the last
-    token and the last channel.
+    token and the last channel. Chunks come in groups of GROUP, the last of which may lie past the last channel.
     """
     channel = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = valid[:, None]
-    if CHANNELS % BLOCK_C != 0:
+    if CHANNELS % (BLOCK_C * GROUP) != 0:
         mask = mask & (channel < CHANNELS)[None, :]
     return operand(tl.load(pointers[:, None] + channel[None, :], mask=mask, other=0.0), PRECISION)
 

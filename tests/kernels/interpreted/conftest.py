@@ -67,3 +67,13 @@ def launched(wrap_launches: Callable[[Callable[[Launch], Launch]], None]) -> lis
 
     wrap_launches(around)
     return names
+
+
+@pytest.fixture(autouse=True)
+def within_their_tensors(wrap_launches: Callable[[Callable[[Launch], Launch]], None]) -> Iterator[None]:
+    """No kernel touches a byte beside its tensors: what it reads there is often masked later, which hides it."""
+    import bounds  # Triton, which the interpreter has to be chosen for
+
+    wrap_launches(bounds.around)
+    with bounds.checked():
+        yield

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from convergence import Batch, Drift, Outcome, batches, drift, excess, run, spread
+from convergence import NUDGES, Batch, Drift, Outcome, batches, judged, run, spread
 
 from simmp_fast import ops
 from simmp_fast.config import ModelConfig, TrainConfig
@@ -37,7 +38,6 @@ TRAIN = TrainConfig(lr=3e-4)
 CPU = torch.device("cpu")
 # The first four fill the memory. Later, rounding grows until every run goes its own way, and two of them say little.
 STEPS = 16
-NUDGES = 16
 # The same kernels with larger tiles than the pinned ones: fewer programs, fewer turns of their loops.
 TILES = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_P": 1024, "TILE_Y": 32, "TILE_X": 32, "BLOCK": 1024}
 
@@ -70,8 +70,8 @@ def equal_rows_have_equal_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products are added up in float64 and rounded once.
 
     The slices' background gives many tokens that are the same to the last bit, and row means that are exact ties. A
-    GPU and PyTorch keep them; NumPy's float32 product rounds equal rows differently, by where they lie in the matrix and
-    by the processor, and the split of DS-GIM then falls the other way from one step on.
+    GPU and PyTorch keep them; NumPy's float32 product rounds equal rows differently, by where they lie in the matrix
+    and by the processor, and the split of DS-GIM then falls the other way from one step on.
     """
 
     def create_dot(_: Any, a: Any, b: Any, d: Any, *__: Any) -> Any:
@@ -94,7 +94,7 @@ def test_the_start_decides_the_run(data: list[Batch], definition: Outcome) -> No
 
 
 def test_portable(data: list[Batch], definition: Outcome, allowed: Drift) -> None:
-    assert not excess(drift(run(MODEL, TRAIN, data, "portable", CPU), definition), allowed)
+    assert not judged(partial(run, MODEL, TRAIN, data, "portable", CPU), definition, allowed)
 
 
 @pytest.mark.usefixtures("kernels_take_cpu_tensors", "equal_rows_have_equal_products")
@@ -102,7 +102,7 @@ def test_kernels(data: list[Batch], definition: Outcome, allowed: Drift, monkeyp
     for name in ("attention", "powerset_loss"):
         module = importlib.import_module(f"simmp_fast.kernels.{name}.operators")
         monkeypatch.setattr(module, "pick", with_larger_tiles(module.pick))
-    assert not excess(drift(run(MODEL, TRAIN, data, "triton", CPU), definition), allowed)
+    assert not judged(partial(run, MODEL, TRAIN, data, "triton", CPU), definition, allowed)
 
 
 @pytest.mark.parametrize("fault", ["scores one per cent too large", "a gradient lost", "another slot written"])
@@ -116,4 +116,4 @@ def test_the_measure_sees_a_fault(
         monkeypatch.setattr(ops, "context_attention", lambda q, k, v, **o: context(q, k.detach(), v, **o))
     else:
         monkeypatch.setattr(ops, "update_memory", lambda t, m, p, k, **o: (update(t, m, p, k, **o)[0].roll(1, 1), p))
-    assert excess(drift(run(MODEL, TRAIN, data, "reference", CPU), definition), allowed)
+    assert judged(partial(run, MODEL, TRAIN, data, "reference", CPU), definition, allowed)

@@ -25,7 +25,7 @@ demo: setup ## prepare, train, evaluate and predict on a real MRI template; pict
 
 test: setup ## run all tests
 	$(BIN)/python -m pytest -m 'not alone' -n auto --maxprocesses 12 --dist worksteal
-	$(BIN)/python -m pytest -m alone
+	$(BIN)/python -m pytest -m alone || [ $$? -eq 5 ]  # 5: there are none, where Triton is missing
 
 rehearse: setup ## docs/lease.md without a GPU: compile for it, run all calls, cut them and go on
 	$(BIN)/python -m bench.warm make rehearsal/warm.tar.xz --cache rehearsal/cache

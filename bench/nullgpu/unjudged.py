@@ -1,20 +1,27 @@
 """A pytest plugin for tests on the null GPU: everything runs, no result is judged.
 
-A failed assertion there says nothing, since nothing was computed: such a test passes, marked as not judged. Any other
-exception fails it. The parity checks, which stop at the first difference, only run their operators.
+Nothing was computed, so a comparison says nothing, and must not keep a test from what it launches next: `torch.equal`
+is true, and the parity checks, which stop at the first difference, only run their operators. An assertion that fails
+all the same ends its test, which passes; the summary names the line. Any other exception fails the test.
 """
 
 from __future__ import annotations
 
 import importlib
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+ENDED = "nullgpu: ended by an assertion"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Parity checks that only call."""
+    """Comparisons that hold, and parity checks that only call."""
+    torch.equal = lambda input, other: True
     try:
         parity = importlib.import_module("parity")
     except ModuleNotFoundError:  # not this project's tests
@@ -43,5 +50,15 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     outcome = yield
     error = outcome.excinfo
     if error is not None and issubclass(error[0], AssertionError):
-        item.user_properties.append(("nullgpu", "not judged"))
+        frames = traceback.extract_tb(error[2])
+        inside = [frame for frame in frames if Path(frame.filename) == item.path] or frames[-1:]
+        item.user_properties.append((ENDED, f"line {inside[-1].lineno}: {inside[-1].line}"))
         outcome.force_result(None)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The tests that an assertion ended: what they would have launched behind it has not been seen."""
+    for report in terminalreporter.getreports("passed"):
+        for name, where in report.user_properties:
+            if name == ENDED:
+                terminalreporter.write_line(f"not judged: {report.nodeid} ended at {where}")

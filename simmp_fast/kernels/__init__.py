@@ -9,6 +9,7 @@ from __future__ import annotations
 from .assign_clusters import assign_clusters
 from .attention import context_attention, memory_attention, memory_context_attention
 from .configs import MEASURED, register_table
+from .keys import settle_keys
 from .powerset_loss import powerset_loss
 from .split_attention import split_attention
 from .split_threshold import split_threshold
@@ -16,6 +17,7 @@ from .update_memory import update_memory
 from .window_similarity import decay_weights, window_similarity
 
 register_table(MEASURED.read_text(encoding="utf-8"))
+settle_keys(__name__)
 
 __all__ = [
     "assign_clusters",

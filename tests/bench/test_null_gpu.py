@@ -53,7 +53,10 @@ else:
 print("seen")
 """
 TESTS = """
+import torch
+
 def test_a_comparison():
+    assert torch.equal(torch.zeros(1), torch.ones(1))
     assert 1 == 2
 
 def test_a_crash():
@@ -76,6 +79,7 @@ def test_results_are_not_judged_and_crashes_fail(tmp_path: Path) -> None:
     done = subprocess.run([*command, str(tmp_path)], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
     assert "cannot run" in done.stdout
+    assert "not judged: test_it.py::test_a_comparison ended at line 6: assert 1 == 2" in done.stdout
 
 
 def test_an_unknown_capability_is_named() -> None:

@@ -27,6 +27,16 @@ LAUNCHING = (
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def spared_time() -> Iterator[None]:
+    """What the interpreter would do again at every call is done once."""
+    import sparing  # Triton, which the interpreter has to be chosen for
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        sparing.spare(monkeypatch)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def fresh_memory_is_nan() -> Iterator[None]:
     """Deterministic mode fills fresh memory with NaN, so that anything a kernel leaves unwritten shows."""

@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
     print("[1/4] prepare: axial slices of the ICBM 2009a template, held-out slabs apart")
     cache = _prepared(out / "cache") if arguments.cache is None else _given(arguments.cache)
 
-    print(f"[2/4] train: the small preset on {device}, a few minutes on two cores")
+    print(f"[2/4] train: the small preset on {device}, a quarter of an hour on two cores")
     config = _configuration(arguments, cache.image_size)
     result = train(config, cache, folder, resume=(folder / "config.yaml").exists(), device=device)
     if result.interrupted:

@@ -43,7 +43,7 @@ def patched_once_a_launch(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def looked_up_once(np_dtype: Callable[[Any], np.dtype[Any]]) -> Callable[[Any], np.dtype[Any]]:
-    """The interpreter's `_get_np_dtype` with a memory, by the dtype of the elements: blocks and pointers do not hash."""
+    """The interpreter's `_get_np_dtype` with a memory, by the elements' dtype: blocks and pointers do not hash."""
     known = cache(np_dtype)
 
     def of(dtype: Any) -> np.dtype[Any]:

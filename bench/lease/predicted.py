@@ -46,6 +46,7 @@ PEAK = {
     ("triton", "bfloat16"): 4.55,
     ("triton-channels-last", "bfloat16"): 4.55,
     ("triton-graph", "bfloat16"): 4.54,
+    ("triton-compiled", "bfloat16"): 4.74,
     ("triton-fast", "bfloat16"): 4.67,
     ("portable-compiled", "bfloat16"): 4.94,
 }

@@ -7,7 +7,7 @@ import os
 import signal
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,14 @@ def writes(name: str, rows: int, pause: float = 0.0, seconds: float = 30) -> Sta
 
 def says(name: str, code: str, seconds: float = 30, **more: Any) -> Stage:
     return Stage(name, ("{python}", "-c", code), seconds, **more)
+
+
+@pytest.fixture(autouse=True)
+def interrupts_arrive() -> Iterator[None]:
+    """As in the command: what a shell puts into the background ignores SIGINT, and so do the stages it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -86,7 +94,7 @@ def test_a_stage_is_stopped_at_its_limit_and_keeps_its_rows(ran: Any) -> None:
     status, out, _ = ran((writes("long", 1000, 0.05, seconds=1.0),), (writes("after", 1),))
     assert status == 1
     assert endings(out) == {"long": "cut", "after": "ok"}
-    assert 0 < sum(1 for _ in read(out / RESULTS)) < 1000
+    assert 2 < sum(1 for _ in read(out / RESULTS)) < 100
 
 
 def test_a_stage_that_ignores_the_request_is_killed_with_its_children(ran: Any, monkeypatch: Any) -> None:

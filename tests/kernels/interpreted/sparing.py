@@ -25,7 +25,7 @@ def patched_once_a_launch(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return frozenset(value.__name__ for value in fn.__globals__.values() if value is tl or value is tl.core)
 
     def once(fn: Any) -> Any:
-        if modules(fn) <= changed:
+        if changed and modules(fn) <= changed:
             return None  # a device function, which drops it
         launch, scope = not changed, patch(fn)
         changed.update(modules(fn))

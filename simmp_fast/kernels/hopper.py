@@ -7,8 +7,8 @@ the others at the barrier that follows. It costs no register.
 
 The ptxas 12.8 that Triton 3.6 and 3.7 take for Hopper puts a wrong register into the descriptor of a shared operand.
 On an H100 the attention kernels then read elsewhere, or faulted, at lengths that are not a multiple of their tile. The
-same wheel has a newer one for Blackwell, which assembles the same PTX rightly; it is taken instead, unless
-``TRITON_PTXAS_PATH`` names one. `descriptors` looks for that fault in machine code.
+same wheel has a newer one for Blackwell, which assembles the same PTX rightly; it is taken instead, also of one that
+``TRITON_PTXAS_PATH`` names, which Inductor sets to PyTorch's own. `descriptors` looks for that fault in machine code.
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ def with_fences(ptx: str) -> str:
 
 
 @functools.cache
-def assembler_needed() -> bool:
-    """Whether the ptxas that this Triton takes for Hopper is too old, and the user has not named another."""
-    if os.environ.get(CHOSEN):
-        return False
+def _too_old(named: str | None) -> bool:
     found = tuple(int(part) for part in triton.knobs.nvidia.ptxas.version.split("."))
     return found < RIGHT
+
+
+def assembler_needed() -> bool:
+    """Whether the ptxas that Triton takes for Hopper is too old; a process may name another one while it runs."""
+    return _too_old(os.environ.get(CHOSEN))
 
 
 def newer_assembler(assemble: Stage) -> Stage:

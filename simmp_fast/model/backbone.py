@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config import ConfigError
-from .layers import ImageGate, recomputed, resize
+from .layers import ImageGate, resize
 
 
 class GatedBackbone(nn.Module):
@@ -100,6 +100,8 @@ def _create(name: str, image_size: int) -> Any:
     import timm
     from timm.models.maxxvit import MaxxVit
 
+    from .lean import make_lean
+
     try:
         network = timm.create_model(name, pretrained=False, img_size=image_size, num_classes=0)
     except Exception as error:  # timm raises RuntimeError, TypeError or AssertionError for names and sizes alike
@@ -110,39 +112,5 @@ def _create(name: str, image_size: int) -> Any:
         ) from error
     if not isinstance(network, MaxxVit) or len(network.stages) != 4:
         raise ConfigError(f"model.backbone: got {name!r}, expected a MaxViT or CoAtNet model of timm with four stages")
-    _round_relative_coordinates(network)
-    for block in network.modules():
-        mlp: Any = getattr(block, "mlp", None)
-        if isinstance(mlp, timm.layers.ConvMlp) and mlp.drop.p == 0:
-            block.mlp = _LeanMlp(mlp)
+    make_lean(network)
     return network
-
-
-class _LeanMlp(nn.Module):
-    """timm's `ConvMlp` under the same names, without keeping its activations, of the largest tensors of a step."""
-
-    def __init__(self, mlp: Any) -> None:
-        super().__init__()
-        self.fc1, self.norm, self.act, self.fc2 = mlp.fc1, mlp.norm, mlp.act, mlp.fc2
-
-    def forward(self, x: Tensor) -> Tensor:
-        return recomputed(self._activate, self.norm(self.fc1(x)))
-
-    def _activate(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(x))
-
-
-def _round_relative_coordinates(network: Any) -> None:
-    """Store the log coordinates of relative positions correctly rounded.
-
-    timm takes their logarithm in float32, whose last bit differs between processors; the network's output would follow
-    it by 1e-8. From float64 the values are the same on every machine.
-    """
-    from timm.layers import RelPosMlp
-
-    for module in network.modules():
-        if isinstance(module, RelPosMlp) and module.mode != "swin":
-            axes = [torch.arange(1 - size, size, dtype=torch.float64) for size in module.window_size]
-            logs = [axis.sign() * axis.abs().log1p() for axis in axes]
-            grid = torch.stack(torch.meshgrid(*logs, indexing="ij"), -1)
-            cast(Tensor, module.rel_coords_log).copy_(grid.float())

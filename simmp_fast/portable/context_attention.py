@@ -10,6 +10,8 @@ from ..validation import check_context_attention, product_dtype
 from .chunked_attention import CHUNK, chunked_attention
 from .precision import no_autocast
 
+CUDNN_MULTIPLE = 8  # of channels: what cuDNN's attention takes in half precision
+
 
 def context_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """``ctx_i = sum_j softmax_j(query_i . key_j) value_j``, without a scale factor.
@@ -17,7 +19,8 @@ def context_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     By `scaled_dot_product_attention` with scale 1 and one head: no ``[N, N]`` tensor on any device that has a fused
     form. On a CPU by the definition's own calls, in chunks of queries where there are many, and in half precision with
     float32 inside: the gradients of the fused form there are off by more than twice the definition's error where scores
-    are large or keys have a common offset. An exported program has the fused form: it must run without this package.
+    are large or keys have a common offset, and so are those of the form that a GPU has where D is no multiple of 8. An
+    exported program has the fused form: it must run without this package.
 
     Args:
         query, key, value: ``[B, N, D]``, one floating dtype.
@@ -30,11 +33,13 @@ def context_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     check_context_attention(query, key, value)
     dtype = product_dtype(query)
-    if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+    fused = query.device.type != "cpu" and query.shape[-1] % CUDNN_MULTIPLE == 0
+    if not fused and dtype in (torch.bfloat16, torch.float16):
         with no_autocast(query):
             query, key, value = (x.to(dtype).float() for x in (query, key, value))
             return context_attention(query, key, value).to(dtype)
-    if query.device.type == "cpu" and not torch.compiler.is_exporting():
+    # An empty batch has no fused form: on a GPU it returns nothing at all.
+    if query.shape[0] == 0 or (query.device.type == "cpu" and not torch.compiler.is_exporting()):
         if query.shape[1] > CHUNK:
             return chunked_attention(query, key, value)
         return torch.bmm(torch.bmm(query, key.mT).softmax(-1), value)

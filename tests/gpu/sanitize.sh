@@ -40,6 +40,8 @@ start() { # TOOL
     only=
     # PyTorch asks the driver for what it may not have, on purpose.
     [ "$1" = memcheck ] && only="--report-api-errors no"
+    # The values, too: where threads write the same to one place, nothing is lost.
+    [ "$1" = racecheck ] && only="--racecheck-report all"
     # Without PyTorch's cache every tensor is an allocation of its own, whose bounds are known.
     # shellcheck disable=SC2086
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" $only --error-exitcode 1 \

@@ -45,9 +45,9 @@ def tools(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> It
     runtime = types.SimpleNamespace(add_stages_inspection_hook=None, interpret=False)
     monkeypatch.setattr(hopper.triton, "knobs", types.SimpleNamespace(runtime=runtime, nvidia=found))
     monkeypatch.delenv(hopper.CHOSEN, raising=False)
-    hopper.assembler_needed.cache_clear()
+    hopper._too_old.cache_clear()
     yield found
-    hopper.assembler_needed.cache_clear()
+    hopper._too_old.cache_clear()
 
 
 def compiled(tools: Tools, capability: int | None) -> tuple[str, str]:
@@ -92,10 +92,13 @@ def test_a_hook_that_was_there_is_kept(tools: Tools, monkeypatch: pytest.MonkeyP
     assert triton.knobs.runtime.add_stages_inspection_hook is before
 
 
-@pytest.mark.parametrize("tools", ["12.8"], indirect=True)
-def test_an_assembler_that_the_user_names_is_kept(tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(hopper.CHOSEN, "/opt/ptxas")
+@pytest.mark.parametrize("tools", ["13.0"], indirect=True)
+def test_an_assembler_that_is_named_later_is_judged_anew(tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "FENCES_NEEDED", False)
     assert compiled(tools, 90)[1] == OLD
+    monkeypatch.setenv(hopper.CHOSEN, "PyTorch's")  # as Inductor does
+    tools.ptxas = types.SimpleNamespace(path="PyTorch's", version="12.8")
+    assert compiled(tools, 90)[1] == NEW
 
 
 @pytest.mark.parametrize("tools", ["12.9", "13.0"], indirect=True)

@@ -6,7 +6,7 @@ from timm.layers import ConvMlp
 from torch import Tensor, nn
 
 from simmp_fast.config import ModelConfig
-from simmp_fast.model import backbone, decoder, layers
+from simmp_fast.model import decoder, layers, lean
 from simmp_fast.model.dmwla import DMWLABlock
 from simmp_fast.model.memory import MemoryBank
 
@@ -38,7 +38,7 @@ class Level(nn.Module):
 
 
 def lean_mlp() -> nn.Module:
-    return backbone._LeanMlp(ConvMlp(12, 48, act_layer=nn.GELU))
+    return lean._Mlp(ConvMlp(12, 48, act_layer=nn.GELU))
 
 
 def gate() -> nn.Module:
@@ -54,7 +54,7 @@ def test_recomputing_keeps_less_and_changes_no_gradient(make, monkeypatch):
     for way in ("kept", "recomputed"):
         with monkeypatch.context() as patch:
             if way == "kept":
-                for module in (backbone, decoder, layers):
+                for module in (lean, decoder, layers):
                     patch.setattr(module, "recomputed", lambda function, *inputs: function(*inputs))
             torch.manual_seed(7)
             module, x = make(), torch.randn(2, 12, 8, 8).requires_grad_()

@@ -22,9 +22,9 @@ from .write import write_slots
 # `update_assign`, whose counts say where the tokens of a tile go.
 # kernel         dtype   width where tiles  warps stages shared_KiB stack provenance
 register_table("""
-update_assign    half    256 all BLOCK_T=64,BLOCK_C=32   8  2  64  0  ahead-of-time
-update_assign    float32 256 all BLOCK_T=64,BLOCK_C=32   8  2  64  0  ahead-of-time
-update_assign    tf32    256 all BLOCK_T=64,BLOCK_C=32   8  2  64  0  ahead-of-time
+update_assign    half    256 all BLOCK_T=64,BLOCK_C=32,BLOCK_D=64              8  2  64  0  ahead-of-time
+update_assign    float32 256 all BLOCK_T=64,BLOCK_C=32,BLOCK_D=64              8  2  64  0  ahead-of-time
+update_assign    tf32    256 all BLOCK_T=64,BLOCK_C=32,BLOCK_D=64              8  2  64  0  ahead-of-time
 update_fold      any     256 all BLOCK_P=64,BLOCK_C=32                      4  2  16  0  ahead-of-time
 update_score     any     256 all -                                          8  2  32  0  ahead-of-time
 update_write     any     128 all BLOCK_S=128,BLOCK_N=2048,BLOCK_C=32,BLOCK_J=16 8 2 32 8 ahead-of-time # Triton 3.6, 9.0
@@ -102,7 +102,7 @@ def _update(
         assign_and_measure, (tiles,), first, device,
         tokens, prototypes, None if cluster is None else cluster.contiguous(), owner, count, peak, mass,
         stride_b, stride_n, length, clusters,
-        DIM=dim, PADDED=padded, BLOCK_K=block_k, MATCH=cluster is None, PRECISION=match_precision(kind),
+        DIM=dim, BLOCK_K=block_k, MATCH=cluster is None, PRECISION=match_precision(kind),
     )  # fmt: skip
     before, members = torch.empty((tiles, clusters), **integers), torch.empty(clusters, **integers)
     highest, summed = torch.empty((2, clusters, dim), **floats)
@@ -158,7 +158,7 @@ def _register(name: str, kernel: Any, *constants: str) -> None:
     register_kernel(name, lambda config, dtype: _signature(kernel, constants, config, dtype))
 
 
-_register("update_assign", assign_and_measure, "DIM", "PADDED", "BLOCK_K", "MATCH", "PRECISION")
+_register("update_assign", assign_and_measure, "DIM", "BLOCK_K", "MATCH", "PRECISION")
 _register("update_fold", fold_statistics, "DIM")
 _register("update_score", score_tokens, "DIM", "PADDED", "BLOCK_K", "BLOCK_T")
 _register("update_write", write_slots, "DIM", "BLOCK_K", "WIDTH_ON_DEVICE")

@@ -17,9 +17,8 @@ from ..matching import nearest_prototype
 
 
 @triton.jit
-def _full_rows(tokens, row, stride_n, valid, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """``[rows, PADDED]`` float32: every channel of a tile of tokens."""
-    column = tl.arange(0, PADDED)
+def _channels(tokens, row, stride_n, valid, column, DIM: tl.constexpr):
+    """``[rows, columns]`` float32: some channels of a tile of tokens."""
     mask = valid[:, None] & (column < DIM)[None, :]
     return tl.load(tokens + row[:, None] * stride_n + column[None, :], mask=mask, other=0.0).to(tl.float32)
 
@@ -27,8 +26,8 @@ def _full_rows(tokens, row, stride_n, valid, DIM: tl.constexpr, PADDED: tl.const
 @triton.jit(do_not_specialize=["length", "clusters"])
 def assign_and_measure(
     tokens, prototypes, cluster, owner, count, peak, mass, stride_b, stride_n, length, clusters,
-    DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_K: tl.constexpr, MATCH: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_K: tl.constexpr, MATCH: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Pass one. A program takes BLOCK_T tokens of one image and is the only writer of its rows.
 
@@ -55,17 +54,19 @@ def assign_and_measure(
     occurs = tl.sum((found[:, None] == anchor[None, :]).to(tl.int32), 0)
     tl.store(count + tile * clusters + anchor, occurs, mask=anchor < clusters)
 
-    value = _full_rows(tokens, row, stride_n, valid, DIM, PADDED)
-    column = tl.arange(0, PADDED)
-    present = next_cluster(found, -1, clusters)
-    while present < clusters:
-        member = (found == present)[:, None]
-        highest = tl.max(tl.where(member, value, -float("inf")), 0)
-        total = tl.sum(tl.where(member, exponential(value - highest[None, :]), 0.0), 0)
-        at = (tile * clusters + present) * DIM + column
-        tl.store(peak + at, highest, mask=column < DIM)
-        tl.store(mass + at, total, mask=column < DIM)
-        present = next_cluster(found, present, clusters)
+    # A few channels at a time: all of them would take the registers of the other programs of a multiprocessor.
+    for from_channel in range(0, DIM, BLOCK_D):
+        column = from_channel + tl.arange(0, BLOCK_D)
+        value = _channels(tokens, row, stride_n, valid, column, DIM)
+        present = next_cluster(found, -1, clusters)
+        while present < clusters:
+            member = (found == present)[:, None]
+            highest = tl.max(tl.where(member, value, -float("inf")), 0)
+            total = tl.sum(tl.where(member, exponential(value - highest[None, :]), 0.0), 0)
+            at = (tile * clusters + present) * DIM + column
+            tl.store(peak + at, highest, mask=column < DIM)
+            tl.store(mass + at, total, mask=column < DIM)
+            present = next_cluster(found, present, clusters)
 
 
 @triton.jit(do_not_specialize=["tiles", "clusters"])
@@ -124,8 +125,8 @@ def score_tokens(
     first = image * length + start
     found = tl.load(owner + first + row, mask=valid, other=0)
     valid = valid & (found >= 0) & (found < clusters)
-    value = _full_rows(tokens + image * stride_b + start.to(tl.int64) * stride_n, row, stride_n, valid, DIM, PADDED)
     column = tl.arange(0, PADDED)
+    value = _channels(tokens + image * stride_b + start.to(tl.int64) * stride_n, row, stride_n, valid, column, DIM)
     at = found.to(tl.int64)[:, None] * DIM + column[None, :]
     mask = valid[:, None] & (column < DIM)[None, :]
     level = tl.load(highest + at, mask=mask, other=0.0)

@@ -13,6 +13,8 @@ import torch
 
 import simmp_fast
 
+from . import nullgpu
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -89,7 +91,10 @@ def describe(device: torch.device) -> dict[str, Any]:
         found["triton"] = triton.__version__
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        found |= {"gpu": torch.cuda.get_device_name(device), "capability": f"{major}.{minor}"}
+        name = torch.cuda.get_device_name(device)
+        if nullgpu.present() and nullgpu.NAME not in name:  # no figure of it may pass for one of the GPU it plays
+            name = f"{nullgpu.NAME} by the name of {name}"
+        found |= {"gpu": name, "capability": f"{major}.{minor}"}
         found |= {"driver": _driver(), "cuda": torch.version.cuda}
         found["l2_mib"] = torch.cuda.get_device_properties(device).L2_cache_size / 2**20
     return found

@@ -2,11 +2,13 @@
 
     python -m bench.nullgpu python -m bench.form --backend triton-graph --out /tmp/rows
     python -m bench.nullgpu --capability 8.6 python -m pytest tests/gpu -m gpu
+    python -m bench.nullgpu --plays "NVIDIA H200" python -m bench.form --backend triton-fast --out /tmp/rows
 
 PyTorch finds a CUDA device: host memory stands for its memory and is accounted, graphs are captured, a wait during a
 capture is an error, and Triton compiles for the capability and launches to its last call. Kernels do nothing, so
 results are whatever lies in memory and times mean nothing: there is no cuDNN, tests do not judge results
-(`bench.nullgpu.unjudged`), and the device is called "null GPU".
+(`bench.nullgpu.unjudged`), and the device is called "null GPU". Where it plays a GPU it has that one's name, and cuDNN
+as far as shapes and layouts go: what `torch.compile` makes then is what it would make there (docs/lease.md).
 
 Needs a C compiler, and PyTorch and Triton with CUDA, whose packages carry the headers.
 """
@@ -89,12 +91,16 @@ def build() -> Path:
     return folder
 
 
-def environment(capability: tuple[int, int] = (9, 0), base: dict[str, str] | None = None) -> dict[str, str]:
+def environment(
+    capability: tuple[int, int] = (9, 0), base: dict[str, str] | None = None, plays: str | None = None
+) -> dict[str, str]:
     """The environment in which a command finds the null GPU.
 
     Args:
         capability: what it says it is; its shared memory is that of the kernels' table.
         base: the environment to start from (default: this process's).
+        plays: the name of the GPU for which graphs are made: the null GPU is called that and has cuDNN, as far as
+            shapes and layouts go. Keys of Inductor's cache hold both.
 
     Raises:
         NullGPUError: as `build`, or an unknown capability.
@@ -115,12 +121,19 @@ def environment(capability: tuple[int, int] = (9, 0), base: dict[str, str] | Non
     front("PATH", HERE / "bin")
     made["TRITON_LIBCUDA_PATH"] = str(folder)
     made["NULLGPU_CAPABILITY"] = f"{capability[0]}.{capability[1]}"
+    if plays is not None:
+        made |= {"NULLGPU_NAME": plays, "NULLGPU_CUDNN": "1"}
     made["NULLGPU_SHARED"] = str(SHARED_LIMITS[capability])
     made["NULLGPU_PROCESSORS"] = str(PROCESSORS.get(capability, PROCESSORS[9, 0]))
     plugin = "-p bench.nullgpu.unjudged"
     if plugin not in made.get("PYTEST_ADDOPTS", ""):
         made["PYTEST_ADDOPTS"] = f"{plugin} {made.get('PYTEST_ADDOPTS', '')}".strip()
     return made
+
+
+def present() -> bool:
+    """Whether this process runs on the null GPU, whatever that is called."""
+    return hasattr(ctypes.CDLL(None), "nullgpu_launches")
 
 
 def counters() -> dict[str, int]:
@@ -130,7 +143,7 @@ def counters() -> dict[str, int]:
         NullGPUError: this process does not.
     """
     runtime = ctypes.CDLL(None)
-    if not hasattr(runtime, "nullgpu_launches"):
+    if not present():
         raise NullGPUError("null GPU: this process does not run on it")
     driver = ctypes.CDLL("libcuda.so.1")
     read = lambda library, name: int(ctypes.c_long.in_dll(library, name).value)  # noqa: E731
@@ -141,8 +154,8 @@ def counters() -> dict[str, int]:
     }
 
 
-def run(command: list[str], capability: tuple[int, int] = (9, 0)) -> None:
+def run(command: list[str], capability: tuple[int, int] = (9, 0), plays: str | None = None) -> None:
     """Become `command`, on the null GPU; "python" is this interpreter."""
     if command[0] in ("python", "python3"):
         command = [sys.executable, *command[1:]]
-    os.execvpe(command[0], command, environment(capability))
+    os.execvpe(command[0], command, environment(capability, plays=plays))

@@ -23,7 +23,8 @@ CUresult cuDriverGetVersion(int *version) { *version = 13000; OK; }
 CUresult cuDeviceGetCount(int *count) { *count = 1; OK; }
 CUresult cuDeviceGet(CUdevice *device, int index) { *device = index; OK; }
 CUresult cuDeviceGetName(char *name, int size, CUdevice device) {
-    snprintf(name, size, "null GPU sm_%d%d", major, minor);
+    const char *text = getenv("NULLGPU_NAME");
+    text ? snprintf(name, size, "%s", text) : snprintf(name, size, "null GPU sm_%d%d", major, minor);
     OK;
 }
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {

@@ -265,7 +265,7 @@ def test_without_a_gpu_a_call_fails_at_once(tmp_path: Path, capsys: pytest.Captu
 
 def test_an_unknown_stage_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["check", str(tmp_path), "--only", "everything"]) == 2
-    assert "stage: got 'everything', expected some of tests, compile-triton-fast" in capsys.readouterr().err
+    assert "stage: got 'everything', expected some of tests, sanitize-memcheck" in capsys.readouterr().err
 
 
 def test_the_plan_is_told_and_fits_its_calls(capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,6 +52,26 @@ else:
     raise SystemExit("a wait during a capture is no error")
 print("seen")
 """
+PLAYING = """
+import torch
+import torch.nn.functional as F
+from bench import environment
+
+assert environment.describe(torch.device("cuda"))["gpu"] == "null GPU by the name of NVIDIA H200"
+x = torch.empty(2, 8, 16, 16, device="cuda").contiguous(memory_format=torch.channels_last).requires_grad_()
+module = torch.nn.Conv2d(8, 16, 3, 2, 1).cuda()
+y = module(x)
+assert y.shape == (2, 16, 8, 8) and y.is_contiguous(memory_format=torch.channels_last)
+normal = torch.nn.BatchNorm2d(16).cuda()(y)
+gradients = torch.autograd.grad(normal.sum(), [x, *module.parameters()])
+assert [g.shape for g in gradients] == [x.shape, module.weight.shape, module.bias.shape]
+assert gradients[0].is_contiguous(memory_format=torch.channels_last)
+query = torch.empty(2, 1, 64, 96, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+output = F.scaled_dot_product_attention(query, query, query)
+assert "Cudnn" in type(output.grad_fn).__name__ and output.shape == query.shape
+assert torch.autograd.grad(output.sum(), query)[0].shape == query.shape
+print("seen")
+"""
 TESTS = """
 import torch
 
@@ -68,6 +88,15 @@ def test_what_a_program_sees(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     command = [sys.executable, "-m", "bench.nullgpu", "--capability", "8.6", "python", str(program)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "seen\n", done.stderr
+
+
+def test_it_plays_a_gpu_with_cudnn(tmp_path: Path) -> None:
+    """What a compiled graph looks like depends on it."""
+    program = tmp_path / "program.py"
+    program.write_text(PLAYING)
+    command = [sys.executable, "-m", "bench.nullgpu", "--plays", "NVIDIA H200", "python", str(program)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "seen\n", done.stderr
 

@@ -1,5 +1,6 @@
-"""Python runs this first in every process on the null GPU: once PyTorch is imported, it does without cuDNN, and nobody
-looks at numbers that nobody computed: neither the guard of the training step, nor the tuning.
+"""Python runs this first in every process on the null GPU: once PyTorch is imported, it does without cuDNN (or asks for
+it in vain, where NULLGPU_CUDNN is set), and nobody looks at numbers that nobody computed: neither the guard of the
+training step, nor the tuning, nor Inductor where it times whether to pad a product.
 
 Where NULLGPU_COMPILED names a file, every kernel that Triton compiles or finds in its cache is appended to it, one JSON
 line each: {"kernel", "hash", "hit", "seconds"}.
@@ -37,9 +38,18 @@ class _After:
         return spec
 
 
-def _without_cudnn(torch):
-    torch.backends.cudnn.enabled = False
-    torch.backends.cuda.enable_cudnn_sdp(False)
+def _cudnn(torch):
+    if os.environ.get("NULLGPU_CUDNN"):
+        import nullgpu_cudnn  # beside this file
+
+        nullgpu_cudnn.pretend()
+    else:
+        torch.backends.cudnn.enabled = False
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def _unpadded(pad_mm):
+    pad_mm.is_padded_faster = lambda key, *times: False  # Inductor would time it
 
 
 def _listening(triton):
@@ -62,7 +72,8 @@ def _unmatched(measure):
     measure.agree = lambda found, known: True
 
 
-sys.meta_path.insert(0, _After("torch", _without_cudnn))
+sys.meta_path.insert(0, _After("torch", _cudnn))
+sys.meta_path.insert(0, _After("torch._inductor.fx_passes.pad_mm", _unpadded))
 sys.meta_path.insert(0, _After("simmp_fast.training.step", _unguarded))
 sys.meta_path.insert(0, _After("simmp_fast.kernels.measure", _unmatched))
 if os.environ.get("NULLGPU_COMPILED"):

@@ -121,8 +121,8 @@ def environment(
     front("PATH", HERE / "bin")
     made["TRITON_LIBCUDA_PATH"] = str(folder)
     made["NULLGPU_CAPABILITY"] = f"{capability[0]}.{capability[1]}"
-    if plays is not None:
-        made |= {"NULLGPU_NAME": plays, "NULLGPU_CUDNN": "1"}
+    made["NULLGPU_NAME"] = f"{NAME} sm_{capability[0]}{capability[1]}" if plays is None else plays
+    made["NULLGPU_CUDNN"] = "" if plays is None else "1"
     made["NULLGPU_SHARED"] = str(SHARED_LIMITS[capability])
     made["NULLGPU_PROCESSORS"] = str(PROCESSORS.get(capability, PROCESSORS[9, 0]))
     plugin = "-p bench.nullgpu.unjudged"

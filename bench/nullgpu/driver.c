@@ -24,7 +24,7 @@ CUresult cuDeviceGetCount(int *count) { *count = 1; OK; }
 CUresult cuDeviceGet(CUdevice *device, int index) { *device = index; OK; }
 CUresult cuDeviceGetName(char *name, int size, CUdevice device) {
     const char *text = getenv("NULLGPU_NAME");
-    text ? snprintf(name, size, "%s", text) : snprintf(name, size, "null GPU sm_%d%d", major, minor);
+    snprintf(name, size, "%s", text ? text : "null GPU");
     OK;
 }
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {

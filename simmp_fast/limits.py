@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .validation import transformed
+
 # Channels of a token in attention, matching and memory update: the widest class of their tables.
 HEAD_DIM = 256
 # Prototypes of a bank: a tile of tokens holds its similarities to all of them in registers.
@@ -84,8 +86,14 @@ def rather_portable(operator: str, products: torch.dtype) -> str | None:
     return None
 
 
+def transforms() -> str | None:
+    """Why the kernels cannot serve `torch.func` or forward-mode AD, where one of them is at work."""
+    return "torch.func and forward-mode AD cannot look into the Triton kernels" if transformed() else None
+
+
 def check(reason: str | None) -> None:
     """Raise `ValueError` with a reason of this module, if there is one: how a kernel refuses."""
+    reason = transforms() or reason
     if reason is not None:
         raise ValueError(reason)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import limits, portable, reference
 from .config import BACKENDS
-from .validation import product_dtype
+from .validation import product_dtype, transformed
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ def choose_backend(
     if backend in ("reference", "portable"):
         return backend
     products = dtype if products is None else products
-    reason = why_not_triton(device, dtype) or too_large()
+    reason = why_not_triton(device, dtype) or limits.transforms() or too_large()
     if reason is None and operator is not None:
         reason = _why_no_room(operator, device, products, widths)
     if backend == "triton" and reason is not None:
@@ -341,7 +341,12 @@ def split_attention(
 
 
 def loss_backend(heads: Sequence[Tensor], label: Tensor, backend: str = "auto") -> str:
-    """The backend that `powerset_loss` takes; raises as `choose_backend`."""
+    """The backend that `powerset_loss` takes; raises as `choose_backend`.
+
+    Under `torch.func` and forward-mode AD `auto` takes the definition: the other two have a gradient of their own.
+    """
+    if backend == "auto" and transformed():
+        return "reference"
     first = heads[0] if heads else label
     return choose_backend(
         backend, first.device, first.dtype, lambda: limits.powerset_loss(heads, label), operator="powerset_loss"

@@ -1,13 +1,14 @@
-"""What every implementation of an operator shares: checks of its arguments (name, what it got, what it needs), and what
-autocast makes of its products.
+"""What every implementation of an operator shares: checks of its arguments (name, what it got, what it needs), what
+autocast makes of its products, what an index outside of its range comes to, and who looks into a call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -29,6 +30,35 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def transformed() -> bool:
+    """Whether `torch.func` or forward-mode AD is at work: neither sees into an operator that is registered as one.
+
+    A forward-mode derivative of such an operator would be 0, without a word.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def within(index: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Indices that can be followed, and which of them were in ``[0, count)`` to begin with.
+
+    An index outside makes a result NaN, in every implementation and on every device: it cannot be an error, since a GPU
+    would have to be waited for to see it.
+    """
+    return index.clamp(0, count - 1), (index >= 0) & (index < count)
+
+
+def nan_unless(known: Tensor, like: Tensor) -> Tensor:
+    """1 where `known`, NaN elsewhere, in the dtype of `like`: a factor that spoils a result and its gradient."""
+    return torch.where(known, 1.0, torch.nan).to(like.dtype)
+
+
+def spoiled(attended: Tensor, query: Tensor, known: Tensor) -> Tensor:
+    """`attended` with NaN for the tokens that are not `known`, also in the gradient of their `query`, and no other."""
+    return attended + (query * (nan_unless(known, query) - 1).unsqueeze(-1)).to(attended.dtype)
+
+
 def _shape_text(sizes: Sequence[int | str]) -> str:
     return "[" + ", ".join(str(s) for s in sizes) + "]"
 
@@ -37,6 +67,10 @@ def check_tensor(name: str, value: object) -> None:
     """Raise `TypeError` unless `value` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+
+
+def _pattern_text(axes: Sequence[str], sizes: Mapping[str, int]) -> str:
+    return _shape_text([f"{a}={sizes[a]}" if a in sizes else a for a in axes])
 
 
 def check_shape(name: str, value: object, pattern: str, **sizes: int) -> dict[str, int]:
@@ -51,17 +85,16 @@ def check_shape(name: str, value: object, pattern: str, **sizes: int) -> dict[st
     check_tensor(name, value)
     assert isinstance(value, Tensor)
     axes = pattern.split()
-    known = {a: int(a) if a.isdigit() else sizes.get(a, a) for a in axes}
-    expected = _shape_text([f"{a}={known[a]}" if known[a] != a and not a.isdigit() else a for a in axes])
+    # The message is made after the fact: formatting a size ties a compiled graph, or an exported one, to its value.
     if value.dim() != len(axes):
-        raise ValueError(f"{name}: got shape {_shape_text(list(value.shape))}, expected {expected}")
+        raise ValueError(f"{name}: got shape {_shape_text(list(value.shape))}, expected {_pattern_text(axes, sizes)}")
     found = dict(sizes)
     for axis, size in zip(axes, value.shape, strict=True):
-        need = int(axis) if axis.isdigit() else found.get(axis)
-        if need is not None and size != need:
-            raise ValueError(f"{name}: got shape {_shape_text(list(value.shape))}, expected {expected}")
-        if not axis.isdigit():
-            found[axis] = size
+        need = int(axis) if axis.isdigit() else found.setdefault(axis, size)
+        if size != need:
+            raise ValueError(
+                f"{name}: got shape {_shape_text(list(value.shape))}, expected {_pattern_text(axes, sizes)}"
+            )
     return found
 
 

@@ -129,15 +129,16 @@ def _all_operators(backend: str, query: Tensor, memory: Tensor, prototypes: Tens
     return *bank, weights, attended, ops.powerset_loss([x, x], label, backend=backend)
 
 
-def _inputs(device: str) -> tuple[Tensor, ...]:
+def _inputs(device: str, batch: int = 2) -> tuple[Tensor, ...]:
     def made(*shape: int) -> Tensor:
         return torch.ones(shape, device=device).requires_grad_()
 
-    label = torch.zeros(2, 4, 4, dtype=torch.int64, device=device)
-    return made(2, 5, 8), made(3, 4, 8).detach(), made(3, 8).detach(), made(2, 3, 4, 4), label
+    label = torch.zeros(batch, 4, 4, dtype=torch.int64, device=device)
+    return made(batch, 5, 8), made(3, 4, 8).detach(), made(3, 8).detach(), made(batch, 3, 4, 4), label
 
 
-def _graphs(backend: str, inputs: tuple[Tensor, ...]) -> tuple[list[torch.fx.GraphModule], Any]:
+def _graphs(backend: str, *calls: tuple[Tensor, ...]) -> tuple[list[torch.fx.GraphModule], Any]:
+    """The graphs made for some calls, one after the other, and the result of the last."""
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -145,8 +146,8 @@ def _graphs(backend: str, inputs: tuple[Tensor, ...]) -> tuple[list[torch.fx.Gra
         return graph.forward
 
     torch._dynamo.reset()
-    result = torch.compile(functools.partial(_all_operators, backend), backend=keep)(*inputs)
-    return graphs, result
+    compiled = torch.compile(functools.partial(_all_operators, backend), backend=keep)
+    return graphs, [compiled(*inputs) for inputs in calls][-1]
 
 
 def test_the_door_breaks_no_compiled_graph() -> None:
@@ -167,6 +168,14 @@ def test_the_kernels_behind_the_door_are_one_compiled_graph(small_gpu: None, bac
     left = limits.FLOAT32_TAKES_PORTABLE if backend == "auto" else set()
     assert called == set(limits.LAUNCHES) - left
     assert {x.device.type for x in result} == {"cuda"}
+
+
+@needs_triton
+@pytest.mark.parametrize("small_gpu", [227 * 1024], indirect=True)
+def test_two_graphs_at_most_hold_the_kernels_for_all_batch_sizes(small_gpu: None) -> None:
+    with FakeTensorMode():
+        graphs, _ = _graphs("triton", *(_inputs("cuda:0", batch) for batch in range(2, 9)))
+    assert len(graphs) <= 2
 
 
 def test_more_classes_than_the_kernels_take_still_have_a_loss() -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..validation import check_context_attention, product_dtype
+from ..validation import check_context_attention, product_dtype, transformed
 from .chunked_attention import CHUNK, chunked_attention
 from .precision import no_autocast
 
@@ -20,7 +20,8 @@ def context_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     form. On a CPU by the definition's own calls, in chunks of queries where there are many, and in half precision with
     float32 inside: the gradients of the fused form there are off by more than twice the definition's error where scores
     are large or keys have a common offset, and so are those of the form that a GPU has where D is no multiple of 8. An
-    exported program has the fused form: it must run without this package.
+    exported program has the fused form: it must run without this package. Under `torch.func` and forward-mode AD there
+    are no chunks.
 
     Args:
         query, key, value: ``[B, N, D]``, one floating dtype.
@@ -40,7 +41,7 @@ def context_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return context_attention(query, key, value).to(dtype)
     # An empty batch has no fused form: on a GPU it returns nothing at all.
     if query.shape[0] == 0 or (query.device.type == "cpu" and not torch.compiler.is_exporting()):
-        if query.shape[1] > CHUNK:
+        if query.shape[1] > CHUNK and not transformed():
             return chunked_attention(query, key, value)
         return torch.bmm(torch.bmm(query, key.mT).softmax(-1), value)
     # The fused forms need a last dimension without gaps; without it (channels-first maps seen as tokens) PyTorch would

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..validation import check_bank, check_context_attention, product_dtype
+from ..validation import check_bank, check_context_attention, product_dtype, spoiled, within
 from .assign_clusters import assign_clusters
 from .context_attention import context_attention
 from .precision import at_least_float32
@@ -28,7 +28,8 @@ def memory_attention(
         query: ``[B, N, D]``, floating.
         memory: ``[K, M, D]``, floating; a constant to autograd, taken in the dtype of `query`.
         prototypes: ``[K, D]`` in the dtype of `memory`.
-        cluster: ``[B, N]`` int64 fixes the assignment; None matches by cosine.
+        cluster: ``[B, N]`` int64 in ``[0, K)`` fixes the assignment, a token with another one gets NaN, in the gradient
+            too; None matches by cosine.
 
     Returns:
         output ``[B, N, D]`` in the dtype of `query` (of autocast, where it is on), and cluster ``[B, N]`` int64.
@@ -40,6 +41,12 @@ def memory_attention(
     check_bank("query", query, memory, prototypes, cluster)
     if cluster is None:
         cluster = assign_clusters(query, prototypes)
+        return _attend(query, memory, cluster), cluster
+    owner, known = within(cluster, memory.shape[0])
+    return spoiled(_attend(query, memory, owner), query, known), cluster
+
+
+def _attend(query: Tensor, memory: Tensor, cluster: Tensor) -> Tensor:
     tiles = tile_layout(cluster.reshape(-1), memory.shape[0])
     slots = memory.detach().to(query.dtype)[tiles.owner]
     rows = to_tiles(query.reshape(-1, query.shape[-1]), tiles)
@@ -47,7 +54,7 @@ def memory_attention(
     parts = [torch.bmm(q, s.mT) for q, s in zip(rows.split(part, -1), slots.split(part, -1), strict=True)]
     scores = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
     weights = at_least_float32(scores).softmax(-1).to(scores.dtype)
-    return from_tiles(torch.bmm(weights, slots), tiles).view(query.shape), cluster
+    return from_tiles(torch.bmm(weights, slots), tiles).view(query.shape)
 
 
 def memory_context_attention(
@@ -59,7 +66,8 @@ def memory_context_attention(
         query, key, value: ``[B, N, D]``, one floating dtype.
         memory: ``[K, M, D]``, floating; a constant to autograd, taken in the dtype of `query`.
         prototypes: ``[K, D]`` in the dtype of `memory`.
-        cluster: ``[B, N]`` int64 fixes the assignment; None matches by cosine.
+        cluster: ``[B, N]`` int64 in ``[0, K)`` fixes the assignment, a token with another one gets NaN, in the gradient
+            too; None matches by cosine.
 
     Returns:
         output ``[B, N, D]`` in the dtype of `query` (of autocast, where it is on), and cluster ``[B, N]`` int64.

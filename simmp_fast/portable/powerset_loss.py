@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..validation import check_powerset_loss
+from ..validation import check_powerset_loss, transformed, within
 from .precision import at_least_float32, exp_, no_autocast
 from .resize import Band, ResizedHeads
 
@@ -68,7 +68,7 @@ def powerset_sums(heads: Sequence[Tensor], label: Tensor) -> Tensor:
 
     Returns:
         ``[2^heads, 2 classes + 1]``: in a subset's row the overlap and the square of each class; in the empty subset's
-        row the label's pixels of each class and, last, the cross-entropy of all subsets.
+        row the label's pixels of each class and, last, the cross-entropy of all subsets, NaN for a label outside.
     """
     with no_autocast(label):
         source = ResizedHeads(heads, (label.shape[1], label.shape[2]))
@@ -84,7 +84,8 @@ def powerset_sums(heads: Sequence[Tensor], label: Tensor) -> Tensor:
             member = (target == names).to(source.dtype)
             probabilities, product = space.pair(target.shape[1])
             _centred_logits(source, band, probabilities)
-            chosen = probabilities.gather(1, target.expand(subsets, 1, -1))
+            place, known = within(target, classes)
+            chosen = probabilities.gather(1, place.expand(subsets, 1, -1)).masked_fill_(~known, torch.nan)
             total = _softmax_(probabilities)
             cross_entropy += (total.log_() - chosen).sum(dtype=precise)
             overlap += torch.mul(probabilities, member, out=product).sum(-1)
@@ -106,7 +107,8 @@ def powerset_terms(
     overlap, area = 2 * sums[1:, :classes] + smooth, sums[1:, classes:-1] + sums[0, :classes] + smooth
     weight = dice_weight / classes
     loss = ce_weight / pixels * sums[0, -1] + weight * (1 - overlap / area).sum()
-    by_pixel = area.new_full((len(area), 1), ce_weight / pixels)
+    spoiled = torch.where(sums[0, -1].isnan(), sums[0, -1], 0.0)  # by a label outside, whatever the weights
+    by_pixel = spoiled + area.new_full((len(area), 1), ce_weight / pixels)
     return loss, torch.cat([-2 * weight / area, 2 * weight * overlap / area.square(), by_pixel], 1)
 
 
@@ -189,7 +191,7 @@ def powerset_loss(
     Args:
         heads: up to six tensors ``[B, classes, h_i, w_i]``, one floating dtype; a head smaller than the label is
             resized to it (bilinear, ``align_corners=False``).
-        label: ``[B, h, w]``, int64 in ``[0, classes)``.
+        label: ``[B, h, w]``, int64 in ``[0, classes)``; one outside makes the loss and all its gradients NaN.
         ce_weight: weight of the pixel-mean cross-entropy.
         dice_weight: weight of the Dice term, the mean over all classes, background included.
         smooth: added to numerator and denominator of Dice.
@@ -198,9 +200,14 @@ def powerset_loss(
         0-d loss, float32 or better; 0 for an empty batch. The gradient reaches every head.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape or device.
+        TypeError, ValueError: an argument of the wrong dtype, shape or device; a call under `torch.func`.
     """
     check_powerset_loss(heads, label)
+    if transformed():
+        raise ValueError(
+            "powerset_loss: got a call under torch.func or forward-mode AD, which do not see into this implementation, "
+            "expected backend 'auto' or 'reference', the definition"
+        )
     if label.numel() == 0:
         return torch.stack([at_least_float32(head).sum() * 0 for head in heads]).sum()
     return _loss(list(heads), label, ce_weight, dice_weight, smooth)[0]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..validation import check_split_attention, product_dtype
+from ..validation import check_split_attention, product_dtype, transformed
 from .precision import at_least_float32, no_autocast
 
 FILL = -100.0
@@ -141,9 +141,9 @@ def split_attention(
     Far: ``|r_i - r_j| >= t_i``, and i itself; near: the rest. In each softmax the scores outside its set, and scores
     that are exactly 0, become -100. With ``variant="released"`` the near set of a row with ``t_i >= 1`` is all tokens.
 
-    Short sequences take plain PyTorch, in an exported program long ones too. Above `DIRECT_UP_TO` tokens rows go by
-    chunks which the backward pass computes again from two saved logsumexps, so that memory grows with N; that form is
-    differentiable once.
+    Short sequences take plain PyTorch; in an exported program and under `torch.func` long ones do too. Above
+    `DIRECT_UP_TO` tokens rows go by chunks which the backward pass computes again from two saved logsumexps, so that
+    memory grows with N; that form is differentiable once.
 
     Args:
         query, key, value: ``[B, N, C]``, one floating dtype; scores take no scale.
@@ -161,7 +161,8 @@ def split_attention(
     row_mean, threshold = row_mean.detach(), threshold.detach()
     dtype, released = product_dtype(query), variant == "released"
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if query.shape[1] > DIRECT_UP_TO and query.shape[0] and not torch.compiler.is_exporting():
+    chunked = query.shape[1] > DIRECT_UP_TO and not (transformed() or torch.compiler.is_exporting())
+    if chunked and query.shape[0]:
         return _split(query, key, value, row_mean, threshold, released)[0]
     scores = at_least_float32(query @ key.mT)
     far, near, _ = _masked(scores, row_mean, threshold, 0, released)

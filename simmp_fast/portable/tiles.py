@@ -50,8 +50,9 @@ def tile_layout(cluster: Tensor, clusters: int) -> Tiles:
 
 def to_tiles(tokens: Tensor, tiles: Tiles, fill: float = 0.0) -> Tensor:
     """``[T, D] -> [tiles, TILE, D]``; rows without a token hold `fill`."""
-    rows = tokens.new_full((tiles.owner.shape[0] * TILE, tokens.shape[1]), fill)
-    return rows.index_copy(0, tiles.row, tokens).unflatten(0, (-1, TILE))
+    # Three axes from the start: a view that parts the rows would tie an export to the batch it was traced with.
+    rows = tokens.new_full((tiles.owner.shape[0], TILE, tokens.shape[1]), fill)
+    return rows.index_put((tiles.row // TILE, tiles.row % TILE), tokens)
 
 
 def from_tiles(rows: Tensor, tiles: Tiles) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ranks import ALONE, Ranks
-from ..validation import check_update_memory
+from ..validation import check_update_memory, nan_unless, within
 from .assign_clusters import assign_clusters
 from .precision import at_least_float32, exp_
 from .tiles import Tiles, from_tiles, tile_layout, to_tiles
@@ -120,7 +120,8 @@ def update_memory(
         prototypes: ``[K, D]`` in the dtype of `memory`, as they were before the step.
         k: slots to write, 1 to M; a 0-d integer tensor is clamped to that range.
         rate: weight of the token.
-        cluster: ``[B, N]`` int64 fixes the assignment; None matches by dot product.
+        cluster: ``[B, N]`` int64 in ``[0, K)`` fixes the assignment, one outside makes both results NaN; None matches
+            by dot product.
 
     Returns:
         memory ``[K, M, D]`` and prototypes ``[K, D]``, new tensors in the dtype of `memory`.
@@ -129,12 +130,19 @@ def update_memory(
         TypeError, ValueError: an argument of the wrong dtype, shape or device, or an int `k` outside 1..M.
     """
     check_update_memory(tokens, memory, prototypes, k, rate, cluster)
+    if tokens.shape[0] * tokens.shape[1] == 0:
+        return memory.clone(), at_least_float32(memory).mean(1).to(memory.dtype)
+    if cluster is None:
+        return _update(tokens, memory, k, rate, assign_clusters(tokens, prototypes, metric="dot"))
+    owner, known = within(cluster, memory.shape[0])
+    factor = nan_unless(known.all(), memory)
+    memory, prototypes = _update(tokens, memory, k, rate, owner)
+    return memory * factor, prototypes * factor
+
+
+def _update(tokens: Tensor, memory: Tensor, k: int | Tensor, rate: float, cluster: Tensor) -> tuple[Tensor, Tensor]:
     clusters, slots, dim = memory.shape
     bank = at_least_float32(memory)
-    if tokens.shape[0] * tokens.shape[1] == 0:
-        return memory.clone(), bank.mean(1).to(memory.dtype)
-    if cluster is None:
-        cluster = assign_clusters(tokens, prototypes, metric="dot")
     flat, owner = tokens.reshape(-1, dim).to(bank.dtype), cluster.reshape(-1)
     width = k.clamp(1, slots).long() if isinstance(k, Tensor) else k
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..validation import check_bank, check_context_attention
+from ..validation import check_bank, check_context_attention, spoiled, within
 from .assign_clusters import assign_clusters
 from .context_attention import context_attention
 from .precision import softmax_rows
@@ -20,7 +20,8 @@ def memory_attention(
         query: ``[B, N, D]``, floating.
         memory: ``[K, M, D]``, floating; a constant to autograd, taken in the dtype of `query`.
         prototypes: ``[K, D]`` in the dtype of `memory`.
-        cluster: ``[B, N]`` int64 fixes the assignment; None matches by cosine.
+        cluster: ``[B, N]`` int64 in ``[0, K)`` fixes the assignment, a token with another one gets NaN, in the gradient
+            too; None matches by cosine.
 
     Returns:
         output ``[B, N, D]`` in the dtype of `query` (of autocast, where it is on), and cluster ``[B, N]`` int64.
@@ -32,9 +33,15 @@ def memory_attention(
     check_bank("query", query, memory, prototypes, cluster)
     if cluster is None:
         cluster = assign_clusters(query, prototypes)
+        return _attend(query, memory, cluster), cluster
+    owner, known = within(cluster, memory.shape[0])
+    return spoiled(_attend(query, memory, owner), query, known), cluster
+
+
+def _attend(query: Tensor, memory: Tensor, cluster: Tensor) -> Tensor:
     slots = memory.detach().to(query.dtype)[cluster]
     scores = torch.einsum("bnd,bnmd->bnm", query, slots)
-    return torch.einsum("bnm,bnmd->bnd", softmax_rows(scores), slots), cluster
+    return torch.einsum("bnm,bnmd->bnd", softmax_rows(scores), slots)
 
 
 def memory_context_attention(
@@ -46,7 +53,8 @@ def memory_context_attention(
         query, key, value: ``[B, N, D]``, one floating dtype.
         memory: ``[K, M, D]``, floating; a constant to autograd, taken in the dtype of `query`.
         prototypes: ``[K, D]`` in the dtype of `memory`.
-        cluster: ``[B, N]`` int64 fixes the assignment; None matches by cosine.
+        cluster: ``[B, N]`` int64 in ``[0, K)`` fixes the assignment, a token with another one gets NaN, in the gradient
+            too; None matches by cosine.
 
     Returns:
         output ``[B, N, D]`` in the dtype of `query` (of autocast, where it is on), and cluster ``[B, N]`` int64.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..validation import check_powerset_loss
+from ..validation import check_powerset_loss, nan_unless, within
 from .precision import at_least_float32
 
 
@@ -34,7 +34,7 @@ def powerset_loss(
     Args:
         heads: up to six tensors ``[B, classes, h_i, w_i]``, one floating dtype; a head smaller than the label is
             resized to it (bilinear, ``align_corners=False``).
-        label: ``[B, h, w]``, int64 in ``[0, classes)``.
+        label: ``[B, h, w]``, int64 in ``[0, classes)``; one outside makes the loss and all its gradients NaN.
         ce_weight: weight of the pixel-mean cross-entropy.
         dice_weight: weight of the Dice term, the mean over all classes, background included.
         smooth: added to numerator and denominator of Dice.
@@ -49,6 +49,7 @@ def powerset_loss(
     logits = [at_least_float32(head) for head in heads]
     if label.numel() == 0:
         return torch.stack([z.sum() * 0 for z in logits]).sum()
+    label, known = within(label, logits[0].shape[1])
     size = label.shape[-2:]
     logits = [z if z.shape[-2:] == size else F.interpolate(z, size, mode="bilinear") for z in logits]
     target = F.one_hot(label, logits[0].shape[1]).movedim(-1, 1).to(logits[0].dtype)
@@ -59,4 +60,5 @@ def powerset_loss(
             cross_entropy = F.cross_entropy(total, label)
             dice = _dice_loss(total.softmax(1), target, smooth)
             terms.append(ce_weight * cross_entropy + dice_weight * dice)
-    return torch.stack(terms).sum()
+    total_loss = torch.stack(terms).sum()
+    return total_loss * nan_unless(known.all(), total_loss)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..validation import check_update_memory
+from ..validation import check_update_memory, nan_unless, within
 from .assign_clusters import assign_clusters
 from .precision import at_least_float32
 
@@ -37,7 +37,8 @@ def update_memory(
         prototypes: ``[K, D]`` in the dtype of `memory`, as they were before the step.
         k: slots to write, 1 to M; a 0-d integer tensor is clamped to that range.
         rate: weight of the token.
-        cluster: ``[B, N]`` int64 fixes the assignment; None matches by dot product.
+        cluster: ``[B, N]`` int64 in ``[0, K)`` fixes the assignment, one outside makes both results NaN; None matches
+            by dot product.
 
     Returns:
         memory ``[K, M, D]`` and prototypes ``[K, D]``, new tensors in the dtype of `memory`.
@@ -50,7 +51,7 @@ def update_memory(
     width = min(max(int(k), 1), slots)
     if cluster is None:
         cluster = assign_clusters(tokens, prototypes, metric="dot")
-    flat, owner = tokens.reshape(-1, dim), cluster.reshape(-1)
+    flat, (owner, known) = tokens.reshape(-1, dim), within(cluster.reshape(-1), clusters)
     updated = at_least_float32(memory).clone()
     for c in range(clusters):
         members = flat[owner == c].to(updated.dtype)
@@ -61,4 +62,5 @@ def update_memory(
         oldest = _representativeness(updated[c]).argsort(stable=True)[:width]
         newest = _representativeness(members).argsort(stable=True, descending=True)[:width]
         updated[c, oldest] = (1 - rate) * updated[c, oldest] + rate * members[newest]
+    updated *= nan_unless(known.all(), updated)
     return updated.to(memory.dtype), updated.mean(1).to(memory.dtype)

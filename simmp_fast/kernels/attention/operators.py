@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import limits
-from ...validation import check_bank, check_context_attention
+from ...validation import check_bank, check_context_attention, spoiled, within
 from ..assign_clusters import match_clusters
 from ..configs import pick
 from ..launch import check_launchable, dot_precision, dtype_class, launch, rows_contiguous
@@ -45,7 +45,8 @@ def memory_attention(
         query: ``[B, N, D]``, one of float32, bfloat16, float16; D up to 256.
         memory: ``[K, M, D]``, floating; a constant to autograd, taken in the dtype of `query`.
         prototypes: ``[K, D]`` in the dtype of `memory`.
-        cluster: ``[B, N]`` int64 fixes the assignment; None matches by cosine.
+        cluster: ``[B, N]`` int64 in ``[0, K)`` fixes the assignment, a token with another one gets NaN, in the gradient
+            too; None matches by cosine.
 
     Returns:
         output ``[B, N, D]`` in the dtype of `query` (of autocast, where it is on), and cluster ``[B, N]`` int64.
@@ -57,8 +58,9 @@ def memory_attention(
     check_bank("query", query, memory, prototypes, cluster)
     limits.check(limits.memory_attention(query, memory, prototypes))
     save = _wants_grad(query)
-    out, matched, _ = torch.ops.simmp_fast.memory_attention(query, memory, prototypes, cluster, save)
-    return out, matched if cluster is None else cluster
+    owner, known = (None, None) if cluster is None else within(cluster, memory.shape[0])
+    out, matched, _ = torch.ops.simmp_fast.memory_attention(query, memory, prototypes, owner, save)
+    return (out, matched) if cluster is None or known is None else (spoiled(out, query, known), cluster)
 
 
 def memory_context_attention(
@@ -70,7 +72,8 @@ def memory_context_attention(
         query, key, value: ``[B, N, D]``, one of float32, bfloat16, float16; D up to 256.
         memory: ``[K, M, D]``, floating; a constant to autograd, taken in the dtype of `query`.
         prototypes: ``[K, D]`` in the dtype of `memory`.
-        cluster: ``[B, N]`` int64 fixes the assignment; None matches by cosine.
+        cluster: ``[B, N]`` int64 in ``[0, K)`` fixes the assignment, a token with another one gets NaN, in the gradient
+            too; None matches by cosine.
 
     Returns:
         output ``[B, N, D]`` in the dtype of `query` (of autocast, where it is on), and cluster ``[B, N]`` int64.
@@ -82,8 +85,9 @@ def memory_context_attention(
     check_bank("query", query, memory, prototypes, cluster)
     limits.check(limits.memory_attention(query, memory, prototypes))
     save = _wants_grad(query, key, value)
-    found = torch.ops.simmp_fast.memory_context_attention(query, key, value, memory, prototypes, cluster, save)
-    return found[0], found[1] if cluster is None else cluster
+    owner, known = (None, None) if cluster is None else within(cluster, memory.shape[0])
+    found = torch.ops.simmp_fast.memory_context_attention(query, key, value, memory, prototypes, owner, save)
+    return found[:2] if cluster is None or known is None else (spoiled(found[0], query, known), cluster)
 
 
 def _wants_grad(*inputs: Tensor) -> bool:

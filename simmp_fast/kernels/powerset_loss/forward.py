@@ -30,12 +30,16 @@ def powerset_loss_sums(
     y = pixel // pixel_width
     x = pixel % pixel_width
     place = image.to(tl.int64) * label_b + y.to(tl.int64) * label_y + x.to(tl.int64) * label_x
-    target = tl.load(label + place, mask=valid, other=-1).to(tl.int32)
+    named = tl.load(label + place, mask=valid, other=-1)
+    target = named.to(tl.int32)
     logits = all_logits(
         heads, sizes, strides, image, y, x, valid, pixel_height, pixel_width, HEADS, SAME, CLASSES, BLOCK_K
     )
     channel = tl.arange(0, BLOCK_K)
     hit = channel[:, None] == target[None, :]
+    # A label outside of the classes makes the loss NaN; what lies past the image counts for nothing.
+    known = valid & (named >= 0) & (named < CLASSES)
+    otherwise = tl.where(valid, float("nan"), 0.0)
     width = 2 * CLASSES + 1
     row = partials + tile.to(tl.int64) * width
     tl.store(row + channel, tl.sum(hit.to(tl.float32), 1), mask=channel < CLASSES)
@@ -46,7 +50,7 @@ def powerset_loss_sums(
         normaliser = tl.sum(exponentials, 0)
         probability = exponentials * tl.where(valid, 1.0 / normaliser, 0.0)[None, :]
         at_label = tl.sum(tl.where(hit, total, 0.0), 0)
-        entropy = tl.where(valid, (maximum - at_label) + tl.log(normaliser), 0.0)
+        entropy = tl.where(known, (maximum - at_label) + tl.log(normaliser), otherwise)
         row += tl.num_programs(0).to(tl.int64) * width
         tl.store(row + channel, tl.sum(tl.where(hit, probability, 0.0), 1), mask=channel < CLASSES)
         tl.store(row + CLASSES + channel, tl.sum(probability * probability, 1), mask=channel < CLASSES)
@@ -79,6 +83,7 @@ def powerset_loss_terms(
         square += tl.load(row[:, None] + CLASSES + channel[None, :], mask=mask, other=0.0)
         count += tl.load(empty[:, None] + channel[None, :], mask=mask, other=0.0)
         entropy += tl.load(row + 2 * CLASSES, mask=tile < tiles, other=0.0)
+    surprise = tl.sum(entropy, 0)
     numerator = 2 * tl.sum(overlap, 0) + smooth
     denominator = tl.sum(square, 0) + tl.sum(count, 0) + smooth
     # Rounded to nearest, so that a class without an error has a Dice loss of exactly 0.
@@ -86,9 +91,10 @@ def powerset_loss_terms(
     weight = 1.0
     if WEIGHTED:
         weight = tl.load(subset_weight + subset - 1)
-    tl.store(terms + subset - 1, weight * (ce_weight * (tl.sum(entropy, 0) / pixels) + dice_weight * dice))
+    tl.store(terms + subset - 1, weight * (ce_weight * (surprise / pixels) + dice_weight * dice))
     scale = weight * dice_weight * 2 / CLASSES
     row = coefficients + (subset - 1) * width
     tl.store(row + channel, -scale / denominator, mask=inside)
     tl.store(row + CLASSES + channel, scale * numerator / denominator / denominator, mask=inside)
-    tl.store(row + 2 * CLASSES, weight * ce_weight / pixels)
+    # NaN for a label outside, whatever the weights: it goes into every gradient.
+    tl.store(row + 2 * CLASSES, weight * ce_weight / pixels + tl.where(surprise == surprise, 0.0, surprise))

@@ -33,7 +33,7 @@ def powerset_loss(
 
     Args:
         heads: up to six tensors ``[B, classes, h_i, w_i]``, one of float32, bfloat16, float16; up to 32 classes.
-        label: ``[B, h, w]``, int64 in ``[0, classes)``.
+        label: ``[B, h, w]``, int64 in ``[0, classes)``; one outside makes the loss and all its gradients NaN.
         ce_weight: weight of the pixel-mean cross-entropy.
         dice_weight: weight of the Dice term, the mean over all classes, background included.
         smooth: added to numerator and denominator of Dice.

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from ... import limits
-from ...validation import check_update_memory
+from ...validation import check_update_memory, nan_unless, within
 from ..aot import POINTERS, Signature, register_kernel
 from ..configs import Config, pick, register_table
 from ..launch import check_launchable, dtype_class, launch, rows_contiguous
@@ -53,7 +53,8 @@ def update_memory(
         prototypes: ``[K, D]`` in the dtype of `memory`, as they were before the step.
         k: slots to write, 1 to M; a 0-d integer tensor on the device is clamped to that range there.
         rate: weight of the token.
-        cluster: ``[B, N]`` int64 fixes the assignment; None matches by dot product.
+        cluster: ``[B, N]`` int64 in ``[0, K)`` fixes the assignment, one outside makes both results NaN; None matches
+            by dot product.
 
     Returns:
         memory ``[K, M, D]`` and prototypes ``[K, D]``, new tensors in the dtype of `memory`. They carry no gradient.
@@ -65,8 +66,12 @@ def update_memory(
     limits.check(limits.update_memory(tokens, memory, prototypes))
     on_device, number = (k, 0) if isinstance(k, Tensor) else (None, k)
     tokens, memory, prototypes = tokens.detach(), memory.detach(), prototypes.detach()
-    found = torch.ops.simmp_fast.update_memory(tokens, memory, prototypes, on_device, number, float(rate), cluster)
-    return found[0], found[1]
+    owner, known = (None, None) if cluster is None else within(cluster, memory.shape[0])
+    found = torch.ops.simmp_fast.update_memory(tokens, memory, prototypes, on_device, number, float(rate), owner)
+    if known is None:
+        return found[0], found[1]
+    factor = nan_unless(known.all(), memory)
+    return found[0] * factor, found[1] * factor
 
 
 def _fake(

@@ -6,14 +6,15 @@ Every problem is a `ConfigError` that names the key, what it got and what it nee
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
+from simmp_fast.documents import ConfigError, parse_json, parse_yaml, shown
 
 T = TypeVar("T")
 
@@ -21,13 +22,18 @@ BACKENDS = ("auto", "reference", "portable", "triton")
 PRECISIONS = ("float32", "bfloat16")
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be used: names the key, what it got and what it needs."""
+SEEDS = 2**64  # what PyTorch's generators take
 
 
 def _require(condition: bool, key: str, got: object, need: str) -> None:
     if not condition:
-        raise ConfigError(f"{key}: got {got!r}, expected {need}")
+        raise ConfigError(f"{key}: got {shown(got)}, expected {need}")
+
+
+def _require_finite(section: str, config: object) -> None:
+    """Refuse infinities and NaN in any field: comparisons with a bound let some of them pass."""
+    for key, value in vars(config).items():
+        _require(not isinstance(value, float) or math.isfinite(value), f"{section}.{key}", value, "a finite number")
 
 
 def fitting_windows(height: int, width: int) -> list[int]:
@@ -78,6 +84,7 @@ class ModelConfig:
     variant: str = "paper"
 
     def __post_init__(self) -> None:
+        _require_finite("model", self)
         for key in ("classes", "image_size", "dmwla_size", "in_channels", "clusters", "feature_dim"):
             _require(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "at least 1")
         for key in ("decoder_clusters", "decoder_feature_dim", "slots", "warmup_steps"):
@@ -88,6 +95,7 @@ class ModelConfig:
         _require(len(self.depths) == 4 and min(self.depths) >= 1, "model.depths", self.depths, "four numbers >= 1")
         _require(0 < self.update_rate <= 1, "model.update_rate", self.update_rate, "a number in (0, 1]")
         _require(0 <= self.key_momentum <= 1, "model.key_momentum", self.key_momentum, "a number in [0, 1]")
+        _require(abs(self.memory_seed) < SEEDS, "model.memory_seed", self.memory_seed, "a number below 2^64")
         _require(self.variant in ("paper", "released"), "model.variant", self.variant, "'paper' or 'released'")
         self.resolved_window()
 
@@ -123,7 +131,7 @@ class TrainConfig:
         validate_from: first epoch (0-based) after which validation runs; the last epoch always validates.
         validate_every: epochs between validations from then on.
         keep_every: every n-th epoch's weights are kept beside `last` and `best`; 0 keeps none.
-        wld_from: first epoch (0-based) in which W-LD sets the update width.
+        wld_from: epoch (0-based) whose losses W-LD remembers first; it sets the update width from the next epoch on.
         wld_every: "step", or "epoch" for once an epoch on the mean loss.
         precision: "float32" or "bfloat16" (autocast).
         channels_last: keep feature maps and convolution weights with the channels innermost.
@@ -162,10 +170,16 @@ class TrainConfig:
     overlays: int = 4
 
     def __post_init__(self) -> None:
+        _require_finite("train", self)
         for key in ("epochs", "batch_size", "validate_every", "log_every"):
             _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
         for key in ("validate_from", "keep_every", "wld_from", "workers", "overlays", "weight_decay", "seed"):
             _require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "at least 0")
+        _require(self.seed < SEEDS, "train.seed", self.seed, "a number below 2^64")
+        for key in ("ce_weight", "dice_weight"):
+            _require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "at least 0")
+        total = self.ce_weight + self.dice_weight
+        _require(total > 0, "train.ce_weight + train.dice_weight", total, "a number above 0")
         _require(self.lr > 0, "train.lr", self.lr, "a number above 0")
         _require(self.checkpoint_minutes > 0, "train.checkpoint_minutes", self.checkpoint_minutes, "a number above 0")
         _require(self.wld_every in ("step", "epoch"), "train.wld_every", self.wld_every, "'step' or 'epoch'")
@@ -230,13 +244,16 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
     if origin is dict:
         _require(isinstance(value, Mapping), key, value, "a mapping")
         return {_coerce(f"{key} key", k, options[0]): _coerce(f"{key}.{k}", v, options[1]) for k, v in value.items()}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+    if kind is float and not isinstance(value, bool) and isinstance(value, (int, float, str)):
         try:
-            return float(value)
+            number = float(value)  # YAML 1.1 reads 1e-4 as a string
+        except OverflowError:
+            number = math.inf
         except ValueError:
-            pass
+            number = None
+        if number is not None:
+            _require(math.isfinite(number), key, value, "a finite number")
+            return number
     name = getattr(kind, "__name__", str(kind))
     _require(
         isinstance(value, kind) and (kind is bool or not isinstance(value, bool)),
@@ -244,6 +261,7 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
         value,
         f"{'an' if name[0] in 'aeiou' else 'a'} {name}",
     )
+    _require(kind is not int or abs(value) < 2**64, key, value, "a whole number of at most 64 bits")
     return value
 
 
@@ -264,7 +282,8 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T
     fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
     for key in mapping:
         if key not in fields:
-            raise ConfigError(f"{prefix}{key}: unknown key, expected one of {', '.join(fields)}")
+            unknown = "unknown key" if isinstance(key, str) else f"got a key of type {type(key).__name__}"
+            raise ConfigError(f"{prefix}{key}: {unknown}, expected one of {', '.join(fields)}")
     for name, spec in fields.items():
         required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
         if required and name not in mapping:
@@ -287,35 +306,64 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, or holds no mapping.
+        ConfigError: the file is missing, is not YAML, holds a key twice, or holds no mapping.
     """
-    path = Path(path)
+    return _read(Path(path), "YAML", parse_yaml)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The mapping in a JSON file.
+
+    Raises:
+        ConfigError: the file is missing, is not JSON, holds a key twice, or holds no mapping.
+    """
+    return _read(Path(path), "JSON", parse_json)
+
+
+def _read(path: Path, kind: str, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
+        raise ConfigError(f"{path}: cannot be read as {kind}: {error}") from None
+    if content is None:
+        raise ConfigError(f"{path}: got nothing, expected a mapping of keys to values")
     _require(isinstance(content, dict), str(path), content, "a mapping of keys to values")
     return typing.cast("dict[str, Any]", content)
 
 
 def merge(base: Mapping[str, Any], *layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings laid over `base`, later ones winning."""
+    """Nested mappings laid over `base`, later ones winning.
+
+    Raises:
+        ConfigError: a single value in the place of a mapping.
+    """
     result = dict(base)
     for layer in layers:
         for key, value in layer.items():
             old = result.get(key)
-            result[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+            if isinstance(old, Mapping):
+                _require(isinstance(value, Mapping), str(key), value, "a mapping of keys to values")
+                value = merge(old, value)
+            result[key] = value
     return result
 
 
 def parse_override(text: str) -> dict[str, Any]:
-    """``"train.lr=1e-3"`` as ``{"train": {"lr": 0.001}}``; the value is read as YAML."""
+    """``"train.lr=1e-3"`` as ``{"train": {"lr": 0.001}}``; the value is read as YAML.
+
+    Raises:
+        ConfigError: no key, no ``=``, or a value that is not YAML.
+    """
     key, separator, value = text.partition("=")
-    _require(bool(separator) and bool(key), "--set", text, "section.key=value, such as train.lr=1e-3")
-    nested: Any = yaml.safe_load(value)
-    for part in reversed(key.strip().split(".")):
+    parts = [part.strip() for part in key.split(".")]
+    _require(bool(separator) and all(parts), "--set", text, "section.key=value, such as train.lr=1e-3")
+    try:
+        nested = parse_yaml(value)
+    except ConfigError as error:
+        raise ConfigError(f"--set: got {shown(text)}, whose value cannot be read as YAML: {error}") from None
+    for part in reversed(parts):
         nested = {part: nested}
     return typing.cast("dict[str, Any]", nested)
 

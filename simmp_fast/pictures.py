@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmp_fast.data.files import atomic_file, disk_errors
+from simmp_fast.data.names import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,9 +115,9 @@ def save_overlays(path: str | Path, samples: Sequence[Sample], classes: Sequence
             if i == 0:
                 axes.set_title(name, fontsize=11, pad=4)
             if j == 0 and sample.title:
-                axes.set_ylabel(sample.title, fontsize=9, labelpad=4)
+                axes.set_ylabel(_literal(sample.title), fontsize=9, labelpad=4)
     if title:
-        figure.suptitle(title, fontsize=12, fontweight="bold", y=1 - 0.06 / total, va="top")
+        figure.suptitle(_literal(title), fontsize=12, fontweight="bold", y=1 - 0.06 / total, va="top")
     _draw_legend(figure, entries, per_line)
     _save(figure, path)
 
@@ -292,10 +293,18 @@ def _legend_entries(samples: Sequence[Sample], classes: Sequence[str]) -> list[t
     return [(i, n) for i, n in enumerate(classes) if i > 0 and i in seen]
 
 
+def _literal(text: str) -> str:
+    """A name as matplotlib shows it letter by letter: dollars would begin a formula, and surrogates cannot be drawn."""
+    return printable(text).replace("$", r"\$")
+
+
 def _draw_legend(figure: Figure, entries: Sequence[tuple[int, str]], per_line: int) -> None:
     from matplotlib.patches import Patch
 
-    handles = [Patch(facecolor=colour(i), edgecolor="black", linewidth=0.5, label=f"{i} {name}") for i, name in entries]
+    handles = [
+        Patch(facecolor=colour(i), edgecolor="black", linewidth=0.5, label=f"{i} {_literal(name)}")
+        for i, name in entries
+    ]
     if handles:
         figure.legend(
             handles=handles, loc="lower center", ncols=per_line, frameon=False, fontsize=9, handlelength=1.1,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,8 @@ from simmp_fast.config import (
     PRESETS,
     Config,
     ConfigError,
+    ModelConfig,
+    TrainConfig,
     fitting_windows,
     from_mapping,
     preset,
@@ -53,6 +58,18 @@ def test_precedence(tmp_path: Path) -> None:
         ("train:\n  lr: fast\n", "train.lr: got 'fast', expected a float"),
         ("train:\n  augment: 1\n", "train.augment: got 1, expected a bool"),
         ("train: 3\n", "train: got 3, expected a mapping"),
+        ("train:\n", "train: got None, expected a mapping"),
+        ("", r"run.yaml: got nothing, expected a mapping of keys to values"),
+        ("1: 2\n", "1: got a key of type int, expected one of model, train"),
+        ("train:\n  on: 1\n", "train.True: got a key of type bool, expected one of epochs"),
+        ("train:\n  epochs: 99999999999999999999\n", "train.epochs: got 9{20}, expected a whole number of at most 64"),
+        ("train:\n  seed: 18446744073709551616\n", "train.seed: got 18446744073709551616, expected a whole number"),
+        ("train:\n  ce_weight: -0.5\n", "train.ce_weight: got -0.5, expected at least 0"),
+        ("train:\n  dice_weight: -1\n", "train.dice_weight: got -1.0, expected at least 0"),
+        (
+            "train:\n  ce_weight: 0\n  dice_weight: 0\n",
+            r"train.ce_weight \+ train.dice_weight: got 0.0, expected",
+        ),
         ("model:\n  depths: [1, 2]\n", "model.depths: got .*four numbers"),
         ("model:\n  depths: [1, 2, x, 1]\n", r"model.depths\[2\]: got 'x', expected an int"),
         ("model:\n  dmwla_size: 32\n", "third-stage grid of 2x2 tokens no window"),
@@ -75,6 +92,57 @@ def test_missing_yaml_unknown_preset_and_bad_override(tmp_path: Path) -> None:
         resolve("big")
     with pytest.raises(ConfigError, match="--set: got 'train.lr', expected section.key=value"):
         resolve("small", None, ("train.lr",))
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "'nan'", "1e400", "9" * 400])
+@pytest.mark.parametrize("key", [f"train.{k}" for k in ("lr", "weight_decay", "ce_weight", "checkpoint_minutes")])
+def test_numbers_without_end_are_refused(key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{key}: got .*, expected a finite number"):
+        resolve("small", None, (f"{key}={value}",))
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_numbers_without_end_are_refused_from_python(value: float) -> None:
+    for name in [f.name for f in dataclasses.fields(TrainConfig) if f.type == "float"]:
+        with pytest.raises(ConfigError, match=f"train.{name}: got {value}, expected a finite number"):
+            TrainConfig(**{name: value})
+    for name in ("update_rate", "key_momentum"):
+        with pytest.raises(ConfigError, match=f"model.{name}: got {value}, expected a finite number"):
+            ModelConfig(**{name: value})
+
+
+@pytest.mark.parametrize("text", ["train..lr=1", ".lr=1", "train.=1", "=1", " =1"])
+def test_overrides_name_a_whole_key(text: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"--set: got {text!r}, expected section.key=value")):
+        resolve("small", None, (text,))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train.lr=[1", r"--set: got 'train.lr=\[1', whose value cannot be read as YAML: .*line 1"),
+        ("train.lr={a: 1, a: 2}", "cannot be read as YAML: a: got this key twice"),
+        ("train=3", "train: got 3, expected a mapping of keys to values"),
+        ("train.lr.x=1", "train.lr: got {'x': 1}, expected a float"),
+        ("train.lr=", "train.lr: got None, expected a float"),
+    ],
+)
+def test_overrides_whose_value_cannot_be_used(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.compile(message, re.S)):
+        resolve("small", None, (text,))
+
+
+def test_a_value_does_not_wipe_out_a_section() -> None:
+    with pytest.raises(ConfigError, match="train: got 3, expected a mapping"):
+        resolve("small", None, ("train=3", "train.lr=1"))
+
+
+def test_a_folder_and_a_picture_are_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}: cannot be read as YAML: .*[Dd]irectory"):
+        resolve("small", tmp_path)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\xff")
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/a.png: cannot be read as YAML: .*0x89"):
+        resolve("small", tmp_path / "a.png")
 
 
 def test_fitting_windows() -> None:

@@ -66,7 +66,9 @@ def test_arrows_point_one_way(package: str) -> None:
     assert found - {package} <= ARROWS[package]
 
 
-@pytest.mark.parametrize("blocked", ["triton", "nibabel,nilearn,h5py,sklearn,matplotlib,tensorboard"])
+@pytest.mark.parametrize(
+    "blocked", ["triton", "nibabel,nilearn,h5py,sklearn,matplotlib,tensorboard,tifffile,imagecodecs"]
+)
 def test_imports_without_optional_packages(blocked: str) -> None:
     """Everything but the kernels imports where Triton, or what reads files and draws, is missing."""
     modules = [

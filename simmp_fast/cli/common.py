@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from simmp_fast.model import SimMPNet
 
 
+RECIPE = "data.json"
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults behind every option, examples left as they are written."""
 
@@ -42,9 +45,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"got {number}, expected at least 1")
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
     return number
 
 
@@ -56,12 +62,18 @@ def choose_device(name: str | None) -> torch.device:
     """
     import torch
 
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"--device: got {name!r}, which cannot be used here: {reason}") from None
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # some devices have shapes alone, and no values
+        if device.type == "cpu" and device.index:
+            raise RuntimeError("there is one CPU, named cpu")
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise ConfigError(
+            f"--device: got {name!r}, which cannot be used here, expected one such as cpu or cuda:0: {reason}"
+        ) from None
     return device
 
 
@@ -101,19 +113,31 @@ def load_recipe(weights: Path, given: Path | None) -> Recipe:
     Raises:
         ConfigError: there is none, or it cannot be used.
     """
-    import json
-
-    from simmp_fast.config import from_mapping
+    from simmp_fast.config import from_mapping, read_json
     from simmp_fast.data.preprocess import Recipe
 
-    path = given if given is not None else weights.parent / "data.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    path = given if given is not None else weights.parent / RECIPE
+    if not path.exists():
         raise ConfigError(
             f"{path}: no such file; name with --recipe the data.json of a run on the same kind of data: it says how "
             "intensities are scaled, how volumes are sliced, and what the classes are called"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
-    return from_mapping(Recipe, content, str(path))
+        )
+    return from_mapping(Recipe, read_json(path), str(path))
+
+
+def class_names(weights: Path) -> list[str] | None:
+    """The class names that a run's checkpoint holds; None for weights that name none.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    import json
+
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, framework="pt") as file:
+            names = (file.metadata() or {}).get("classes")
+        return None if names is None else [str(name) for name in json.loads(names)]
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{weights}: cannot be read as a checkpoint: {error}") from None

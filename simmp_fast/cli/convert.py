@@ -28,9 +28,12 @@ def register(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Convert and say what came out."""
+    from simmp_fast.data.files import disk_errors
     from simmp_fast.model import SimMPNet
 
-    if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
+    with disk_errors(arguments.out):
+        taken = arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir()))
+    if taken:
         raise ConfigError(f"--out: got {arguments.out}, which is there already, expected a new or an empty folder")
     model = SimMPNet.from_released(arguments.checkpoint, arguments.variant, in_channels=arguments.in_channels)
     model.save_pretrained(arguments.out)

@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
     unread = sum(p.numel() for p in model.decoder.channel_attention.parameters())
     facts = {
         "network": f"{name}, variant {config.variant}",
-        "parameters": f"{model.parameter_count() / 1e6:.2f} M trainable, backbone classifier and memory not counted "
+        "parameters": f"{model.parameter_count() / 1e6:.2f} M, backbone classifier and memory not counted "
         f"({unread:,} of them in a gate that the published count includes and no forward pass reads)",
         "multiply-adds": f"{multiply_adds(model) / 1e9:.2f} G for one {config.image_size}x{config.image_size} image "
         "(products and convolutions, attention included)",

@@ -29,6 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Predict and print the files written."""
     from simmp_fast.evaluation.predict import predict
 
+    device = choose_device(arguments.device)
     model, weights = load_network(arguments.model, arguments.backend)
     written = predict(
         model,
@@ -40,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
         overlays=arguments.overlays,
         overwrite=arguments.overwrite,
         batch_size=arguments.batch_size,
-        device=choose_device(arguments.device),
+        device=device,
         precision=arguments.precision,
         progress=True,
     )

@@ -25,7 +25,7 @@ a YAML file for your own folder of images and masks, NIfTI volumes or pictures:
   images: images              # a folder, or a pattern such as scans/*_t1.nii.gz
   masks: masks                # files of the same names
   mask_values: {0: 0, 255: 1} # optional: value in the mask to class
-  split: {validation: 0.2, test: 0.2}"""
+  split: {validation: 0.2, test: 0.2} # optional: shares of the cases, train takes the rest"""
 
 
 def register(commands: Any) -> None:
@@ -37,7 +37,9 @@ def register(commands: Any) -> None:
     parser.add_argument("--source", type=Path, metavar="DIR", help="folder of a published data set, as downloaded")
     parser.add_argument("--split", metavar="NAME", help="acdc: released (if none is named), mt_unet or ssl4mis")
     parser.add_argument("--out", type=Path, required=True, help="folder of the cache")
-    parser.add_argument("--image-size", type=int, default=256, help="side of the network's square in pixels [S1]")
+    parser.add_argument(
+        "--image-size", type=int, default=256, help="side of the network's square in pixels [S1], a multiple of 32"
+    )
     parser.add_argument("--force", action="store_true", help="replace a cache that is already there")
     parser.set_defaults(run=run)
 
@@ -45,7 +47,9 @@ def register(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Prepare and say what the cache holds."""
     from simmp_fast.data import open_source, prepare
+    from simmp_fast.data.description import check_image_size
 
+    check_image_size(arguments.image_size, "--image-size")
     source = open_source(arguments.dataset, arguments.source, arguments.split)
     cache = prepare(source, arguments.out, arguments.image_size, force=arguments.force)
     parts = ", ".join(

@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     from simmp_fast.training.distributed import launched_rank
 
     cache = Cache.open(arguments.data)
-    device = choose_device(arguments.device) if arguments.device else None
+    device = None if arguments.device is None else choose_device(arguments.device)
     result = train(configuration(arguments, cache), cache, arguments.folder, resume=arguments.resume, device=device)
     if result.interrupted:
         return 130

@@ -5,19 +5,25 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from simmp_fast.config import ConfigError
 from simmp_fast.data.errors import DataError
-from simmp_fast.data.formats import Array, Volume, library, read_image, read_label
+from simmp_fast.data.formats import Array, Volume, read_image, read_label
 from simmp_fast.data.preprocess import Intensity
-from simmp_fast.data.published import PublishedSource, by_id, files_below, pairs, read_split, relative, wrong_folder
+from simmp_fast.data.published import (
+    PublishedSource,
+    by_id,
+    files_below,
+    pairs,
+    read_split,
+    relative,
+    unmatched,
+    wrong_folder,
+)
 from simmp_fast.data.sources import SourceCase, checked_label
-from simmp_fast.data.stacks import Stack, one_kind, stack_case, stacks
+from simmp_fast.data.stacks import Stack, files_of, one_kind, stack_case, stacks
 
 SPLITS = read_split("acdc")
 CLASSES = ("background", *SPLITS.pop("label_order").values())
@@ -75,7 +81,8 @@ def acdc(folder: Path, split: str = "released") -> PublishedSource:
             for i, image, mask in pairs(images, masks, ids, problems)
         ]
         intensity = Intensity("percentile", 0.5, 99.5)
-    return PublishedSource("acdc", CLASSES, 1, intensity, tuple(cases), tuple(problems), parts)
+    left_out = unmatched(folder, files, (*images.values(), *masks.values(), *files_of(prepared)))
+    return PublishedSource("acdc", CLASSES, 1, intensity, tuple(cases), tuple(problems), parts, left_out)
 
 
 def _prepared_name(name: str) -> tuple[str, int | None] | None:
@@ -123,13 +130,6 @@ def _slice_count(folder: Path, train: Iterable[Stack], split: str) -> list[str]:
 
 
 def _load_raw(image_path: Path, mask_path: Path) -> tuple[Volume, Array]:
-    image, mask = _scaled(read_image(image_path)), _scaled(read_label(mask_path))
+    # The sform of ACDC files has 1 mm in all directions, wrongly.
+    image, mask = read_image(image_path, header_spacing=True), read_label(mask_path, header_spacing=True)
     return image, checked_label(image, mask, CLASSES, {i: i for i in range(len(CLASSES))}, "axial")
-
-
-def _scaled(volume: Volume) -> Volume:
-    """`volume` with the voxel size of its header: the sform of ACDC files has 1 mm in all directions, wrongly."""
-    assert volume.affine is not None
-    header = library("nibabel", volume.path).load(volume.path).header
-    scale = np.asarray(header.get_zooms()[:3], np.float64) / np.linalg.norm(volume.affine[:3, :3], axis=0)
-    return replace(volume, affine=volume.affine @ np.diag([*scale, 1]))

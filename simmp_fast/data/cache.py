@@ -24,6 +24,7 @@ from simmp_fast.config import ConfigError, from_mapping, to_mapping
 from simmp_fast.data.errors import DataError
 from simmp_fast.data.files import HashingWriter, sha256, write_json
 from simmp_fast.data.formats import Array
+from simmp_fast.data.names import nfc
 from simmp_fast.data.preprocess import Geometry, Recipe
 
 FORMAT, VERSION = "simmp_fast cache", 1
@@ -234,6 +235,7 @@ class Cache:
 
     def case(self, case_id: str) -> Case:
         """The case `case_id`; raises `DataError` for a name that is not in the cache."""
+        case_id = case_id if case_id in self._records else nfc(case_id)
         if case_id not in self._records:
             raise DataError(f"{self.folder}: no case {case_id!r}, expected one of {', '.join(self._records)}")
         return Case(self, self._records[case_id])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from simmp_fast.config import ConfigError, from_mapping, read_yaml
+from simmp_fast.data.names import is_utf8, nfc, printable
 from simmp_fast.data.preprocess import Intensity, Recipe
 from simmp_fast.data.sources import drawn
 
@@ -16,22 +19,30 @@ class Split:
     """Shares of the cases; which case falls where depends only on its id and the seed.
 
     Attributes:
-        train, validation, test: shares that add up to 1.
+        train: share for training; None takes what the other two leave.
+        validation, test: their shares.
         seed: another seed gives another split.
     """
 
-    train: float = 0.7
+    train: float | None = None
     validation: float = 0.1
     test: float = 0.2
     seed: int = 2222
 
     def __post_init__(self) -> None:
         for key in ("train", "validation", "test"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ConfigError(f"split.{key}: got {getattr(self, key)}, expected a share from 0 to 1")
-        total = self.train + self.validation + self.test
-        if abs(total - 1) > 1e-6 or self.train == 0:
-            raise ConfigError(f"split: got shares that add up to {total:g}, expected 1, with some for train")
+            share = getattr(self, key)
+            if share is not None and not 0 <= share <= 1:
+                raise ConfigError(f"split.{key}: got {share}, expected a share from 0 to 1")
+        held_out = self.validation + self.test
+        if self.train is None:
+            object.__setattr__(self, "train", round(max(0.0, 1 - held_out), 9))
+        train = cast("float", self.train)
+        if abs(train + held_out - 1) > 1e-6 or train == 0:
+            raise ConfigError(
+                f"split: got shares that add up to {train + held_out:g} (train {train:g}, validation "
+                f"{self.validation:g}, test {self.test:g}), expected 1, with some for train"
+            )
 
     def assign(self, ids: Sequence[str]) -> dict[str, list[str]]:
         """Split case ids. Validation and test get at least one case each if their share is not 0.
@@ -56,13 +67,15 @@ class Split:
 
 @dataclass(frozen=True)
 class SplitIds:
-    """The split as explicit lists of case ids; a case in none of them is left out."""
+    """The split as explicit lists of case ids, compared in composed Unicode; a case in none of them is left out."""
 
     train: tuple[str, ...]
     validation: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for part in ("train", "validation", "test"):
+            object.__setattr__(self, part, tuple(map(nfc, getattr(self, part))))
         if not self.train:
             raise ConfigError("split_ids.train: got an empty list, expected at least one id")
         listed = (*self.train, *self.validation, *self.test)
@@ -74,7 +87,7 @@ class SplitIds:
         """The lists, if every id is one of `ids`; raises `ConfigError` otherwise."""
         parts = {"train": list(self.train), "validation": list(self.validation), "test": list(self.test)}
         for name, part in parts.items():
-            unknown = sorted(set(part) - set(ids))
+            unknown = sorted(set(part) - set(map(nfc, ids)))
             if unknown:
                 raise ConfigError(f"split_ids.{name}: no such cases: {', '.join(unknown)}")
         return parts
@@ -82,7 +95,7 @@ class SplitIds:
 
 @dataclass(frozen=True)
 class Description:
-    """Your own data set: the keys of its YAML file.
+    """Your own data set: the keys of its YAML file. Names and suffixes are kept in composed Unicode.
 
     Attributes:
         name: the data set's name.
@@ -113,6 +126,12 @@ class Description:
     split_ids: SplitIds | None = None
 
     def __post_init__(self) -> None:
+        for key in ("name", "image_suffix", "mask_suffix"):
+            object.__setattr__(self, key, nfc(getattr(self, key)))
+        object.__setattr__(self, "classes", tuple(map(nfc, self.classes)))
+        for text in (self.name, *self.classes):
+            if not is_utf8(text):
+                raise ConfigError(f"name and classes: got {printable(text)!r}, expected text that UTF-8 can hold")
         # The recipe has the checks of what the two share.
         Recipe(self.name, self.classes, self.channels, 1, Intensity("range", 0, 1), self.slice_axis)
         for value, label in (self.mask_values or {}).items():
@@ -128,8 +147,17 @@ def read_description(path: str | Path) -> Description:
     Raises:
         ConfigError: no such file, not YAML, an unknown key, a wrong type or value; names the file and the key.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        got = "a folder" if os.path.isdir(path) else "a pipe or a device"
+        raise ConfigError(f"{path}: got {got}, expected a YAML file")
     mapping = read_yaml(path)
     try:
         return from_mapping(Description, mapping)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def check_image_size(size: int, key: str = "image_size") -> None:
+    """Raise `ConfigError`, which names `key`, for a side [S1] in pixels that the network cannot halve five times."""
+    if size < 32 or size % 32:
+        raise ConfigError(f"{key}: got {size}, expected a multiple of 32, at least 32")

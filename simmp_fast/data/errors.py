@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from simmp_fast.data.names import NOT_UTF8, is_utf8, printable
 
 
 class DataError(ValueError):
-    """Files or data that cannot be used: names the file, what was found and what is needed."""
+    """Files or data that cannot be used: names the file, what was found and what is needed. Its text is printable."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
     @classmethod
     def listing(cls, what: str, problems: Sequence[str]) -> DataError:
         """One error for all `problems`, each on its own line under a heading."""
         noun = "problem" if len(problems) == 1 else "problems"
         return cls(f"{what}: {len(problems)} {noun}\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Turn an `OSError` of the block, such as a missing permission, into a `DataError` that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from error
+
+
+def refuse_other_than_utf8(path: str | Path) -> None:
+    """Raise `DataError` if a name in `path` is not UTF-8."""
+    if not is_utf8(path):
+        raise DataError(f"{path}: {NOT_UTF8}")

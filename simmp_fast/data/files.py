@@ -7,7 +7,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,16 +20,52 @@ from simmp_fast.data.errors import DataError
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+def _end(path: Path) -> str:
+    """The end of a name that may be as long as a name can be: with something before it, it must still be one."""
+    return path.name[-32:]
+
+
 def _beside(path: Path) -> Path:
     """A new hidden name in the folder of `path`; it ends as `path` does, so that writers see the same extension."""
-    return path.with_name(f".{uuid.uuid4().hex[:12]}-{path.name}")
+    return path.with_name(f".{uuid.uuid4().hex[:12]}-{_end(path)}")
+
+
+def _host() -> str:
+    return re.sub(r"[^\w.-]", "_", socket.gethostname())
+
+
+def _folder_beside(path: Path) -> Path:
+    """A new hidden name for a folder, which says the process that fills it."""
+    return path.with_name(f".simmp-fast-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:12]}-{_end(path)}")
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the folders of `_folder_beside` that a process of this machine left which runs no more."""
+    ours = re.compile(rf"\.simmp-fast-{re.escape(_host())}-(\d{{1,7}})-[0-9a-f]{{12}}-{re.escape(_end(path))}")
+    for entry in list(path.parent.iterdir()) if path.parent.is_dir() else []:
+        match = ours.fullmatch(entry.name)
+        if match and entry.is_dir() and not entry.is_symlink() and not _is_running(int(match[1])):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    if os.name != "posix":
+        return True  # signal 0 is no question there: it interrupts
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
 
 
 def _sync(path: Path) -> None:
     """Wait until a file, or the list of names in a folder, is on the disk."""
     if path.is_dir() and os.name != "posix":
         return  # other systems cannot open a folder
-    handle = os.open(path, os.O_RDONLY)
+    # Windows syncs what was opened for writing, and nothing else.
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -58,11 +96,13 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """A temporary folder to fill, beside `path`.
 
     When the block ends well its files are synced and it takes the place of `path` (a folder already there is replaced);
-    when it does not, `path` is as before and the temporary folder, and parents made for it, are gone.
+    when it does not, `path` is as before and the temporary folder, and parents made for it, are gone. What an earlier
+    process left that was killed as it filled the same folder goes first. Links are followed.
     """
-    path = Path(path).absolute()
+    path = Path(os.path.realpath(path))  # `Path.resolve` does not bear a link to itself
     made = [parent for parent in path.parents if not parent.exists()]
-    temporary = _beside(path)
+    _remove_leftovers(path)
+    temporary = _folder_beside(path)
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -84,7 +124,7 @@ def _take_place(new: Path, path: Path) -> None:
     if not path.exists():
         os.rename(new, path)
         return
-    old = _beside(path)
+    old = _folder_beside(path)
     os.rename(path, old)
     try:
         os.rename(new, path)
@@ -107,7 +147,9 @@ def disk_errors(path: str | Path) -> Iterator[None]:
 def write_json(path: str | Path, content: Any) -> None:
     """Write `content` as indented JSON, atomically."""
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        # A lone surrogate, such as a byte of a file's name that is not UTF-8, becomes an escape that JSON knows.
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def sha256(path: str | Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from simmp_fast.data.formats import Array, Volume, read_image, read_label
 from simmp_fast.data.preprocess import Intensity
-from simmp_fast.data.published import PublishedSource, by_id, files_below, pairs, relative, wrong_folder
+from simmp_fast.data.published import PublishedSource, by_id, files_below, pairs, relative, unmatched, wrong_folder
 from simmp_fast.data.sources import SourceCase, checked_label, drawn
 
 CLASSES = ("background", "lesion")
@@ -28,8 +28,9 @@ def isic2018(folder: Path) -> PublishedSource:
     if not ((folder / IMAGES).is_dir() and (folder / MASKS).is_dir()):
         raise wrong_folder(folder, f"the folders {IMAGES} and {MASKS}")
     problems: list[str] = []
-    images = by_id(files_below(folder / IMAGES), r"(ISIC_\d{7})\.jpg", problems)
-    masks = by_id(files_below(folder / MASKS), r"(ISIC_\d{7})_segmentation\.png", problems)
+    inputs, truths = files_below(folder / IMAGES), files_below(folder / MASKS)
+    images = by_id(inputs, r"(ISIC_\d{7})\.jpg", problems)
+    masks = by_id(truths, r"(ISIC_\d{7})_segmentation\.png", problems)
     cases = [
         SourceCase(i, relative(image, folder), partial(_load, image, mask))
         for i, image, mask in pairs(images, masks, sorted(images.keys() | masks.keys()), problems)
@@ -41,7 +42,9 @@ def isic2018(folder: Path) -> PublishedSource:
     ends = COUNTS["train"], COUNTS["train"] + COUNTS["validation"]
     parts = {"train": order[: ends[0]], "validation": order[ends[0] : ends[1]], "test": order[ends[1] :]}
     parts = {name: sorted(ids) for name, ids in parts.items()}
-    return PublishedSource("isic2018", CLASSES, 3, Intensity("range", 0, 255), tuple(cases), tuple(problems), parts)
+    left_out = unmatched(folder, [*inputs, *truths], [*images.values(), *masks.values()])
+    intensity = Intensity("range", 0, 255)
+    return PublishedSource("isic2018", CLASSES, 3, intensity, tuple(cases), tuple(problems), parts, left_out)
 
 
 def _load(image_path: Path, mask_path: Path) -> tuple[Volume, Array]:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from simmp_fast.data.augment import augment as augment_sample
 from simmp_fast.data.cache import Cache
@@ -17,9 +24,16 @@ Batch = tuple[Tensor, Tensor]
 # Tags that keep the two kinds of draws apart.
 _ORDER, _SAMPLE = 1, 2
 
+_SHARED = Path("/dev/shm")  # where the batches of loading processes lie on Linux
+_PREFETCH = 2  # batches that each of them makes ahead
+_ADVICE = "set train.workers to 0 or to less, make batches smaller, or give a container more (docker run --shm-size=1g)"
+_LOST = ("DataLoader worker", "Pin memory thread", "Too many open files")
 
-class _Batches(Dataset[Batch]):
-    """Item `i` is batch `i` of an epoch."""
+
+class _Batches(Dataset[Batch | DataError]):
+    """Item `i` is batch `i` of an epoch, or the error that it met: raised in a loading process, it would lose its text
+    in a traceback.
+    """
 
     def __init__(self, cache: Cache, batches: list[Array], seed: int, epoch: int, augment: bool) -> None:
         self._cache, self._batches = cache, batches
@@ -28,7 +42,14 @@ class _Batches(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Batch | DataError:
+        try:
+            batch = self._load(index)
+        except DataError as error:
+            return error
+        return batch if get_worker_info() is None else _shared(batch)
+
+    def _load(self, index: int) -> Batch:
         cache, positions = self._cache, self._batches[index]
         side = cache.image_size
         images = np.empty((len(positions), cache.channels, side, side), np.float32)
@@ -41,6 +62,95 @@ class _Batches(Dataset[Batch]):
             images[place], labels[place] = image, label
         images *= np.float32(cache.image_scale)
         return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+def _shared(batch: Batch) -> Batch | DataError:
+    """`batch` in shared memory, where a loading process hands it on from.
+
+    Here rather than on its way: an error in the thread that sends it would be lost, and the receiver wait for ever.
+    """
+    try:
+        for tensor in batch:
+            tensor.share_memory_()
+    except RuntimeError as error:
+        return DataError(f"{_SHARED}: a loading process cannot hand on its batch ({error}); {_ADVICE}")
+    return batch
+
+
+class SliceLoader:
+    """The batches of one epoch, as an iterable with a length; trouble in a loading process is a `DataError`."""
+
+    def __init__(self, batches: _Batches, workers: int) -> None:
+        self._loader = DataLoader(
+            batches,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=_PREFETCH if workers else None,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            with worker_errors():
+                batches = iter(self._loader)  # now and not at the first batch: it may draw from the global generator
+        except OSError as error:
+            workers = self._loader.num_workers
+            raise DataError(
+                f"train.workers: got {workers}, which cannot be started ({error.strerror}); {_ADVICE}"
+            ) from error
+        return self._received(batches)
+
+    @staticmethod
+    def _received(batches: Iterator[Batch | DataError]) -> Iterator[Batch]:
+        try:
+            while True:
+                with worker_errors():
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                if isinstance(batch, DataError):
+                    raise batch
+                yield batch
+        finally:
+            del batches  # ends its processes: a traceback would keep them
+
+
+@contextlib.contextmanager
+def worker_errors() -> Iterator[None]:
+    """Turn the loss of a loading process into a `DataError` with its cause.
+
+    PyTorch raises it in the main thread as it happens, wherever that thread is: put a whole training loop under this.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith(_LOST):
+            raise
+        raise DataError(
+            f"train.workers: a loading process was lost ({error}); killed processes often ran out of memory or of "
+            f"{_SHARED}, a bus error may also be a cache whose files were cut: {_ADVICE}"
+        ) from error
+
+
+def _check_shared_memory(cache: Cache, batch_size: int, batches: int, workers: int, local_ranks: int) -> None:
+    """Raise `DataError` if the batches of all loading processes do not fit into what shared memory is free."""
+    if not workers or sys.platform != "linux" or not _SHARED.is_dir():
+        return
+    side = cache.image_size
+    batch_bytes = batch_size * side * side * (cache.channels * 4 + 8)  # float32 images, int64 labels
+    # All that is made ahead, the batch at work and the one before it; a sixteenth more for what else lies there.
+    need = local_ranks * min(batches, workers * _PREFETCH + 2) * batch_bytes * 17 // 16
+    free = shutil.disk_usage(_SHARED).free
+    if free < need:
+        mib = 2**20
+        processes = f"{workers} processes" if local_ranks == 1 else f"{local_ranks} x {workers} processes"
+        raise DataError(
+            f"{_SHARED}: got {free / mib:.1f} MiB free, expected {need / mib:.1f} MiB for {processes} that load "
+            f"batches of {batch_size} slices ({batch_bytes / mib:.1f} MiB each): {_ADVICE}"
+        )
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Array:
@@ -62,7 +172,7 @@ def slice_loader(
     drop_last: bool | None = None,
     rank: int = 0,
     ranks: int = 1,
-) -> DataLoader[Batch]:
+) -> SliceLoader:
     """The batches of one epoch, from `start_batch` on.
 
     The order depends only on (seed, epoch), the augmentation of a sample only on (seed, epoch, sample): any position of
@@ -86,7 +196,8 @@ def slice_loader(
         an iterable with a length, of images float32 `[B, C, S1, S1]` in 0..1 and labels int64 `[B, S1, S1]`.
 
     Raises:
-        DataError: an unknown or empty split, or too few slices for all processes.
+        DataError: an unknown or empty split, too few slices for all processes, or too little shared memory for
+            `workers`. While iterating: a loading process that fails or is killed.
         ValueError: `batch_size`, `start_batch` or `rank` out of range.
     """
     if batch_size < 1:
@@ -105,9 +216,8 @@ def slice_loader(
     batches = [positions[i + rank * batch_size :][:batch_size] for i in range(0, stop, whole)]
     if not 0 <= start_batch <= len(batches):
         raise ValueError(f"start_batch: got {start_batch}, expected 0 to {len(batches)}")
-    return DataLoader(
-        _Batches(cache, batches[start_batch:], seed, epoch, augment),
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-    )
+    batches = batches[start_batch:]
+    # torchrun says how many of the processes share this machine.
+    local_ranks = min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    _check_shared_memory(cache, batch_size, len(batches), workers, local_ranks)
+    return SliceLoader(_Batches(cache, batches, seed, epoch, augment), workers)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
-from collections.abc import Iterable, Sequence
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,13 +15,16 @@ import numpy as np
 from tqdm import tqdm
 
 from simmp_fast.data.cache import Cache, CacheWriter, is_cache
-from simmp_fast.data.errors import DataError
+from simmp_fast.data.errors import DataError, refuse_other_than_utf8
 from simmp_fast.data.files import atomic_folder, disk_errors
-from simmp_fast.data.formats import Array
+from simmp_fast.data.formats import Array, Volume
+from simmp_fast.data.names import printable
 from simmp_fast.data.preprocess import Recipe, network_input, normalised_slices, resize_label, to_slices
 from simmp_fast.data.sources import Source, SourceCase
 
 T = TypeVar("T")
+
+_LEFT_OUT_SHOWN = 20
 
 
 def prepare(
@@ -25,7 +32,8 @@ def prepare(
 ) -> Cache:
     """Check a data set and write its cache.
 
-    Images are uint8 if every image of the data set has 8-bit values, float16 otherwise.
+    Images are uint8 if every image of the data set has 8-bit values, float16 otherwise. Files that are no part of the
+    data set are named on standard error.
 
     Args:
         source: the data set, from `open_source`.
@@ -39,8 +47,12 @@ def prepare(
         ConfigError: splits or settings that do not fit the data.
     """
     out = Path(out_folder)
-    _refuse_existing(out, force)
+    refuse_other_than_utf8(out)
+    with disk_errors(out):
+        _refuse_existing(out, force)
+        _refuse_unwritable(out)
     recipe = source.recipe(image_size)
+    _say_left_out(source)
     found = check(source, recipe, progress)
     splits = source.splits()
     chosen = {case_id for ids in splits.values() for case_id in ids}
@@ -69,13 +81,15 @@ def check(source: Source, recipe: Recipe, progress: bool = True) -> dict[str, tu
     found = {}
     for case in _bar(source.cases, "checking", progress):
         try:
-            image, _ = case.load()
-            slices, _ = normalised_slices(image, recipe)
+            with _enough_memory(case):
+                image, _ = _load(case)
+                slices, _ = normalised_slices(image, recipe)
+                content = _content(image.array)
         except DataError as error:
             problems += str(error).splitlines()  # a case of several files may have several
             continue
         found[case.id] = len(slices), image.array.dtype
-        first = first_with.setdefault(_content(image.array), case.source)
+        first = first_with.setdefault(content, case.source)
         if first != case.source:
             problems.append(f"{case.source}: holds the same image as {first}")
     if problems:
@@ -84,17 +98,44 @@ def check(source: Source, recipe: Recipe, progress: bool = True) -> dict[str, tu
 
 
 def _write(case: SourceCase, recipe: Recipe, writer: CacheWriter) -> None:
-    image, label = case.load()
-    images, placed = network_input(image, recipe)
-    native = to_slices(label, placed)
-    small = resize_label(native, (recipe.image_size, recipe.image_size))
-    writer.add(case.id, case.source, images, small, native, placed)
+    with _enough_memory(case):
+        image, label = _load(case)
+        images, placed = network_input(image, recipe)
+        native = to_slices(label, placed)
+        small = resize_label(native, (recipe.image_size, recipe.image_size))
+        writer.add(case.id, case.source, images, small, native, placed)
+
+
+def _load(case: SourceCase) -> tuple[Volume, Array]:
+    try:
+        return case.load()
+    except OSError as error:
+        raise DataError(f"{case.source}: cannot be read ({error.strerror or error})") from error
+
+
+@contextlib.contextmanager
+def _enough_memory(case: SourceCase) -> Iterator[None]:
+    """Turn a `MemoryError` of the block into a `DataError` that names the case's file."""
+    try:
+        yield
+    except MemoryError as error:
+        wanted = f": {error}" if str(error) else ""
+        raise DataError(f"{case.source}: not enough memory{wanted}") from error
+
+
+def _say_left_out(source: Source) -> None:
+    lines: Sequence[str] = getattr(source, "left_out", ())  # a source made up in memory has no files to leave out
+    if lines:
+        shown = [f"  {printable(line)}" for line in lines[:_LEFT_OUT_SHOWN]]
+        more = [f"  ... and {len(lines) - len(shown)} more"] if len(lines) > len(shown) else []
+        print("\n".join([f"data set {source.name!r}, left out: {len(lines)}", *shown, *more]), file=sys.stderr)
 
 
 def _content(array: Array) -> bytes:
     """Identifies the pixels, however the file holds them."""
-    shape = f"{array.dtype}{array.shape}".encode()
-    return hashlib.sha256(shape + np.ascontiguousarray(array).tobytes()).digest()
+    checksum = hashlib.sha256(f"{array.dtype}{array.shape}".encode())
+    checksum.update(np.ascontiguousarray(array).data)
+    return checksum.digest()
 
 
 def _refuse_existing(out: Path, force: bool) -> None:
@@ -107,6 +148,15 @@ def _refuse_existing(out: Path, force: bool) -> None:
             raise DataError(f"{out}: already holds a prepared cache; use force to replace it")
     elif any(out.iterdir()):
         raise DataError(f"{out}: the folder holds other files, expected a new or an empty one")
+
+
+def _refuse_unwritable(out: Path) -> None:
+    """Raise `OSError` where `out` cannot be made: before hours of reading rather than after."""
+    place = next(parent for parent in Path(os.path.realpath(out)).parents if parent.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def _bar(items: Sequence[T], what: str, progress: bool) -> Iterable[T]:

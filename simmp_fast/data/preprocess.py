@@ -19,6 +19,9 @@ from simmp_fast.data.formats import Array, Volume, grey, library
 # patient's right on the left, as radiologists look at them.
 SLICE_AXES = {"axial": "SPL", "coronal": "AIL", "sagittal": "RIP"}
 
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+_NEXT_TO_NOTHING = 0.01  # of 0..1: less contrast is no picture, but values in another unit than the rule's
+
 
 @dataclass(frozen=True)
 class Intensity:
@@ -29,6 +32,9 @@ class Intensity:
             clipped; "percentile": a window from the `low`-th to the `high`-th percentile of each case.
         low: becomes 0.
         high: becomes 1.
+
+    Raises:
+        ConfigError: an unknown rule, or limits that are no interval float32 can hold.
     """
 
     rule: str
@@ -38,8 +44,15 @@ class Intensity:
     def __post_init__(self) -> None:
         if self.rule not in ("range", "window", "percentile"):
             raise ConfigError(f"intensity.rule: got {self.rule!r}, expected 'range', 'window' or 'percentile'")
+        for key in ("low", "high"):
+            if not abs(getattr(self, key)) <= _LARGEST:  # infinity and NaN are not
+                raise ConfigError(f"intensity.{key}: got {getattr(self, key)}, expected a number that float32 holds")
         if not self.low < self.high:
             raise ConfigError(f"intensity.high: got {self.high}, expected a number above intensity.low = {self.low}")
+        if not _SMALLEST <= self.high - self.low <= _LARGEST:
+            raise ConfigError(
+                f"intensity: got {self.low} to {self.high}, expected a difference from {_SMALLEST:g} to {_LARGEST:g}"
+            )
         if self.rule == "percentile" and not 0 <= self.low < self.high <= 100:
             raise ConfigError(f"intensity: got percentiles {self.low} and {self.high}, expected 0 to 100")
 
@@ -47,24 +60,41 @@ class Intensity:
         """The values of one case as float32 in 0..1, in the shape of `volume.array`.
 
         Raises:
-            DataError: a value outside a "range", or percentiles that are equal.
+            DataError: a value outside a "range", values of which the network would see next to nothing, percentiles
+                that are equal, or values that are NaN or infinite.
         """
-        low, high = self.low, self.high
-        if self.rule == "percentile":
-            low, high = (float(p) for p in np.percentile(volume.array, (low, high)))
-            if low == high:
-                raise DataError(
-                    f"{volume.path}: percentiles {self.low} and {self.high} are both {low}: "
-                    "nearly constant; expected an intensity rule that fits the image"
-                )
         found = float(volume.array.min()), float(volume.array.max())
+        if not np.isfinite(found).all():
+            raise DataError(f"{volume.path}: got values from {found[0]} to {found[1]}, expected finite numbers")
+        low, high = self._percentiles(volume) if self.rule == "percentile" else (self.low, self.high)
         if self.rule == "range" and (found[0] < low or found[1] > high):
             raise DataError(
                 f"{volume.path}: got values from {found[0]:g} to {found[1]:g}, expected {low:g} to {high:g}; "
                 "set intensity to the range of these images, or to a window or percentiles"
             )
-        scaled = (volume.array.astype(np.float32) - np.float32(low)) / np.float32(high - low)
-        return np.clip(scaled, 0, 1, out=scaled)
+        least, most = np.clip(found, low, high)
+        if most - least <= _NEXT_TO_NOTHING * (high - low):
+            raise DataError(
+                f"{volume.path}: got values from {found[0]:g} to {found[1]:g}, which are nearly one and the same in "
+                f"the {self.rule} {low:g} to {high:g}; set intensity to the range of these images"
+            )
+        scaled = np.empty_like(volume.array, dtype=np.float32)
+        by_columns = volume.array.flags.f_contiguous
+        source, target = (volume.array.T, scaled.T) if by_columns else (volume.array, scaled)
+        for i in range(len(source)):  # in parts: float64 takes much memory
+            target[i] = np.clip((source[i].astype(np.float64) - low) / (high - low), 0, 1)
+        return scaled
+
+    def _percentiles(self, volume: Volume) -> tuple[float, float]:
+        """The values at the percentiles `low` and `high`; in float64, as narrow types overflow between two of them."""
+        values = volume.array.astype(np.float64)
+        low, high = (float(p) for p in np.percentile(values, (self.low, self.high), overwrite_input=True))
+        if high - low < _SMALLEST:
+            raise DataError(
+                f"{volume.path}: percentiles {self.low} and {self.high} are both {low}: "
+                "nearly constant; expected an intensity rule that fits the image"
+            )
+        return low, high
 
 
 @dataclass(frozen=True)
@@ -178,7 +208,7 @@ def resize_image(image: Array, size: int) -> Array:
     """
     channels, *plane = image.shape
     if tuple(plane) == (size, size):
-        return image.astype(np.float32)
+        return image.astype(np.float32, order="C")
     out = np.empty((channels, size, size), np.float32)
     for source, target in zip(image, out, strict=True):
         # "mirror" equals the default, "constant", but at the far edge, where rounding makes that one read zeros.

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simmp_fast.data.errors import DataError
+from simmp_fast.data.errors import DataError, reading
+from simmp_fast.data.names import NOT_UTF8, is_utf8, listed, nfc
 from simmp_fast.data.preprocess import Intensity, Recipe
 from simmp_fast.data.sources import SourceCase
-
-_LISTED = 8  # names shown of what a wrong folder holds
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,7 @@ class PublishedSource:
         cases: those of the split whose files are there.
         problems: files that are missing, doubled or without a counterpart.
         parts: "train", "validation" and "test" to case ids.
+        left_out: a line for each kind of file in the download that is no part of it.
     """
 
     name: str
@@ -38,6 +38,7 @@ class PublishedSource:
     cases: tuple[SourceCase, ...]
     problems: tuple[str, ...]
     parts: dict[str, list[str]]
+    left_out: tuple[str, ...] = ()
 
     def recipe(self, image_size: int) -> Recipe:
         """How the files become the network's input."""
@@ -58,30 +59,64 @@ def files_below(folder: Path) -> list[Path]:
     """Every file below `folder` but hidden ones, in order.
 
     Raises:
-        DataError: no such folder.
+        DataError: no such folder, one that cannot be read, or names that are not UTF-8.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
-    # Large data sets are often links to another disk.
-    walk = os.walk(folder, followlinks=True)
-    return sorted(Path(where, name) for where, _, names in walk for name in names if not name.startswith("."))
+    with reading(folder):
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder")
+        found = sorted(_walk(folder))
+    if strange := [f"{file}: {NOT_UTF8}" for file in found if not is_utf8(file.relative_to(folder))]:
+        raise DataError.listing(f"{folder}: cannot be used", strange)
+    return found
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen: set[str] = set()
+    # Large data sets are often links to another disk; a link may also lead back to where it lies.
+    for where, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(where)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(where, name) for name in names if not name.startswith("."))
+
+
+def unmatched(folder: Path, files: Iterable[Path], matched: Iterable[Path]) -> tuple[str, ...]:
+    """What a download holds besides its data: for each extension how many files, and one of them."""
+    others: dict[str, list[Path]] = {}
+    taken = set(matched)
+    for file in files:
+        if file not in taken:
+            others.setdefault(file.suffix.lower(), []).append(file)
+    return tuple(
+        f"{folder}: {len(found)} {kind or 'other'} file{'s' if len(found) > 1 else ''} with a name of no known form, "
+        f"such as {relative(found[0], folder)}"
+        for kind, found in sorted(others.items())
+    )
 
 
 def wrong_folder(folder: Path, looked_for: str) -> DataError:
     """The error for a folder that holds something else, or is none: what was looked for, and what is there."""
-    if not folder.is_dir():
-        return DataError(f"{folder}: no such folder, looked for {looked_for}")
-    there = sorted(f"{p.name}/" if p.is_dir() else p.name for p in folder.iterdir())
-    found = ", ".join(there[:_LISTED]) + (f", ... ({len(there)} names)" if len(there) > _LISTED else "")
-    return DataError(f"{folder}: looked for {looked_for}; found {found or 'nothing'}")
+    with reading(folder):
+        if not folder.is_dir():
+            return DataError(f"{folder}: no such folder, looked for {looked_for}")
+        there = sorted(f"{p.name}/" if p.is_dir() else p.name for p in folder.iterdir())
+    return DataError(f"{folder}: looked for {looked_for}; found {listed(there) or 'nothing'}")
 
 
 def by_id(files: Iterable[Path], pattern: str, problems: list[str]) -> dict[str, Path]:
-    """Files whose names match, by the text of the pattern's groups, joined with ``_``; adds doubles to `problems`."""
+    """Files whose names match, by the text of the pattern's groups in composed Unicode, joined with ``_``.
+
+    Doubles are added to `problems`.
+    """
     found: dict[str, Path] = {}
     for file in files:
         if match := re.fullmatch(pattern, file.name):
-            key = "_".join(match.groups())
+            key = nfc("_".join(match.groups()))
             first = found.setdefault(key, file)
             if first != file:
                 problems.append(f"{file}: has the same id {key!r} as {first}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from simmp_fast.config import ConfigError
 from simmp_fast.data.acdc import acdc
 from simmp_fast.data.demo import DemoSource
+from simmp_fast.data.errors import refuse_other_than_utf8
 from simmp_fast.data.folder import FolderSource
 from simmp_fast.data.isic2018 import isic2018
 from simmp_fast.data.segpc2021 import segpc2021
@@ -35,7 +36,7 @@ def open_source(name: str | Path, folder: str | Path | None = None, split: str |
     Raises:
         ConfigError: an unknown name, a folder or split that is missing or makes no sense, or a YAML file that cannot be
             used.
-        DataError: its files are not there.
+        DataError: its files are not there or cannot be read, or a name is not UTF-8.
     """
     key = str(name)
     if split is not None and key != "acdc":
@@ -43,6 +44,7 @@ def open_source(name: str | Path, folder: str | Path | None = None, split: str |
     if key in DOWNLOADS:
         if folder is None:
             raise ConfigError(f"source: missing, expected the folder of the {key} download (--source)")
+        refuse_other_than_utf8(folder)
         return acdc(Path(folder), split) if split is not None else DOWNLOADS[key](Path(folder))
     if folder is not None:
         raise ConfigError(f"source: got {str(folder)!r}, expected none: only {', '.join(DOWNLOADS)} take a folder")
@@ -51,4 +53,5 @@ def open_source(name: str | Path, folder: str | Path | None = None, split: str |
     if Path(name).suffix.lower() in (".yaml", ".yml"):
         return FolderSource(name)
     known = ", ".join(sorted((*SOURCES, *DOWNLOADS)))
-    raise ConfigError(f"data set: got {key!r}, expected one of {known}, or the path of a .yaml file")
+    what = "a folder, " if Path(name).is_dir() else ""
+    raise ConfigError(f"data set: got {key!r}, {what}expected one of {known}, or the path of a .yaml file")

@@ -12,8 +12,9 @@ import numpy as np
 
 from simmp_fast.data.errors import DataError
 from simmp_fast.data.formats import Array, Volume, read_image, read_label
+from simmp_fast.data.names import nfc
 from simmp_fast.data.preprocess import Intensity
-from simmp_fast.data.published import PublishedSource, by_id, files_below, relative, wrong_folder
+from simmp_fast.data.published import PublishedSource, by_id, files_below, relative, unmatched, wrong_folder
 from simmp_fast.data.sources import SourceCase, checked_label, drawn
 
 CLASSES = ("background", "cytoplasm", "nucleus")
@@ -35,7 +36,8 @@ def segpc2021(folder: Path) -> PublishedSource:
     if not all((folder / part / kind).is_dir() for part in COUNTS for kind in "xy"):
         raise wrong_folder(folder, "the folders train/x, train/y, validation/x and validation/y")
     problems: list[str] = []
-    found = {part: _cases(folder, part, problems) for part in COUNTS}
+    left_out: list[str] = []
+    found = {part: _cases(folder, part, problems, left_out) for part in COUNTS}
     order = drawn([case.id for case in found["train"]], SEED)
     parts = {
         "train": sorted(order[VALIDATION:]),
@@ -43,16 +45,20 @@ def segpc2021(folder: Path) -> PublishedSource:
         "test": [case.id for case in found["validation"]],
     }
     cases = (*found["train"], *found["validation"])
-    return PublishedSource("segpc2021", CLASSES, 3, Intensity("range", 0, 255), cases, tuple(problems), parts)
+    intensity = Intensity("range", 0, 255)
+    return PublishedSource("segpc2021", CLASSES, 3, intensity, cases, tuple(problems), parts, tuple(left_out))
 
 
-def _cases(folder: Path, part: str, problems: list[str]) -> list[SourceCase]:
+def _cases(folder: Path, part: str, problems: list[str], left_out: list[str]) -> list[SourceCase]:
     """The cases of one folder: an image, and the masks of its cells."""
-    images = by_id(files_below(folder / part / "x"), r"(.+)\.bmp", problems)
+    inputs, truths = files_below(folder / part / "x"), files_below(folder / part / "y")
+    images = by_id(inputs, r"(.+)\.bmp", problems)
     masks: dict[str, list[Path]] = defaultdict(list)
-    for file in files_below(folder / part / "y"):
+    for file in truths:
         if match := re.fullmatch(r"(.+)_\d+\.bmp", file.name):
-            masks[match[1]].append(file)
+            masks[nfc(match[1])].append(file)
+    matched = [*images.values(), *(file for cells in masks.values() for file in cells)]
+    left_out += unmatched(folder / part, [*inputs, *truths], matched)
     problems += [f"{image}: an image without a mask (id {i!r})" for i, image in images.items() if i not in masks]
     problems += [
         f"{file}: a mask without an image (id {i!r})" for i in masks if i not in images for file in masks[i]

@@ -6,7 +6,8 @@ Such files state no spacing and no orientation.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +40,11 @@ def stacks(
             if first != file:
                 problems.append(f"{file}: has the same id as {first}")
     return found
+
+
+def files_of(found: dict[str, Stack]) -> Iterator[Path]:
+    """Every file of every case."""
+    return (file for stack in found.values() for file in stack.values())
 
 
 def one_kind(stack: Stack, slices: bool) -> Stack:
@@ -86,6 +92,8 @@ def _load(
     for file in files:
         try:
             image = read_image(file)
+            if not is_volume and len(image.shape) == 3 and image.shape[0] == 1:
+                image = replace(image, array=image.array[0])
             label = checked_label(image, read_label(file), classes, {i: i for i in range(len(classes))}, "axial")
             _check_axes(image, is_volume, slices)
         except DataError as error:

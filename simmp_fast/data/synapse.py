@@ -9,9 +9,18 @@ from pathlib import Path
 from simmp_fast.data.errors import DataError
 from simmp_fast.data.formats import Array, Volume, read_image, read_label
 from simmp_fast.data.preprocess import Intensity, geometry
-from simmp_fast.data.published import PublishedSource, by_id, files_below, pairs, read_split, relative, wrong_folder
+from simmp_fast.data.published import (
+    PublishedSource,
+    by_id,
+    files_below,
+    pairs,
+    read_split,
+    relative,
+    unmatched,
+    wrong_folder,
+)
 from simmp_fast.data.sources import SourceCase, checked_label
-from simmp_fast.data.stacks import one_kind, stack_case, stacks
+from simmp_fast.data.stacks import files_of, one_kind, stack_case, stacks
 
 SPLIT = read_split("synapse")
 CLASSES = ("background", *SPLIT["label_order"].values())
@@ -61,7 +70,8 @@ def synapse(folder: Path) -> PublishedSource:
             for i, image, mask in pairs(images, masks, [i.removeprefix("case") for i in ids], problems)
         ]
         intensity = Intensity("window", -125, 275)
-    return PublishedSource("synapse", CLASSES, 1, intensity, tuple(cases), tuple(problems), PARTS)
+    left_out = unmatched(folder, files, (*images.values(), *masks.values(), *files_of(prepared)))
+    return PublishedSource("synapse", CLASSES, 1, intensity, tuple(cases), tuple(problems), PARTS, left_out)
 
 
 def _prepared_name(name: str) -> tuple[str, int | None] | None:

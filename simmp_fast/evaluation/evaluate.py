@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,13 +15,15 @@ from torch import nn
 from tqdm import tqdm
 
 from simmp_fast.data.errors import DataError
-from simmp_fast.data.preprocess import resize_label
-from simmp_fast.evaluation.inference import Slice, segment
+from simmp_fast.data.names import nfc
+from simmp_fast.data.preprocess import Intensity, resize_label
+from simmp_fast.evaluation.inference import Slice, check_network, segment
 from simmp_fast.evaluation.protocols import Protocol, get_protocol
 from simmp_fast.evaluation.report import Evaluation, Row
 
 if TYPE_CHECKING:
     from simmp_fast.data.cache import Cache, Case
+    from simmp_fast.data.preprocess import Recipe
 
 
 def evaluate(
@@ -52,11 +55,12 @@ def evaluate(
         progress: show a bar on a terminal.
 
     Raises:
-        DataError: an unknown or empty split, a model of another number of classes, or cases with and without spacing
-            under a protocol in millimetres.
+        DataError: an unknown or empty split, a model of another number of classes or channels or another image size,
+            or cases with and without spacing under a protocol in millimetres.
         ValueError: an unknown protocol or precision.
     """
     rule = get_protocol(protocol)
+    _check_fits(model, cache)
     cases = _cases(cache, split)
     rule = _measurable(rule, cases)
     slices = _progress(_slices(cases), sum(case.slices for case in cases), f"evaluate {split}", progress)
@@ -66,7 +70,7 @@ def evaluate(
     with closing(segment(model, slices, count, **options)) as maps:
         for case, predicted in _by_case(cases, maps):
             rows += _score(case, predicted, cache.classes, rule)
-    return Evaluation(cache.name, split, rule, tuple(cache.classes), tuple(rows))
+    return Evaluation(cache.name, split, rule, tuple(cache.classes), tuple(rows), cache.checksum)
 
 
 def case_dice(
@@ -96,8 +100,9 @@ def case_dice(
         numbers in 0..1.
 
     Raises:
-        DataError: an unknown or empty split, or a model of another number of classes.
+        DataError: an unknown or empty split, or a model of another number of classes or channels or another image size.
     """
+    _check_fits(model, cache)
     cases = _cases(cache, split)[rank::ranks]
     slices = _progress(_slices(cases), sum(case.slices for case in cases), f"validate {split}", progress)
     count = len(cache.classes)
@@ -111,6 +116,53 @@ def case_dice(
             if present.any():
                 means.append(float((2 * confusion.diagonal()[1:][present] / total[present]).mean()))
     return means
+
+
+def check_prepared_alike(trained: Recipe, cache: Cache, source: str | Path) -> None:
+    """Refuse a cache that was prepared in another way than the data a network was trained on.
+
+    The name of the data set may differ. Class names are compared in Unicode's NFC.
+
+    Args:
+        trained: what the network's training data were made with.
+        cache: what it is to be measured on.
+        source: the file that `trained` comes from, for the message.
+
+    Raises:
+        DataError: lists all that differs.
+    """
+    differences = []
+    for key in ("classes", "channels", "image_size", "intensity", "slice_axis"):
+        got, need = _described(getattr(cache.recipe, key)), _described(getattr(trained, key))
+        if got != need:
+            differences.append(f"{key}: got {got}, expected {need}")
+    if differences:
+        raise DataError.listing(f"{cache.folder}: differs from what the network was trained on ({source})", differences)
+
+
+def check_class_names(trained: Sequence[str], cache: Cache, source: str | Path) -> None:
+    """As `check_prepared_alike`, where only the class names are known."""
+    got, need = _described(cache.classes), _described(trained)
+    if got != need:
+        raise DataError(
+            f"{cache.folder}: differs from what the network was trained on ({source}): classes: got {got}, "
+            f"expected {need}"
+        )
+
+
+def _described(value: Any) -> str:
+    """A setting of a recipe as text that is equal exactly for equal settings."""
+    if isinstance(value, Intensity):
+        return f"{value.rule} {float(value.low)} to {float(value.high)}"
+    if isinstance(value, (list, tuple)):
+        return repr([nfc(name) for name in value])
+    return repr(value)
+
+
+def _check_fits(model: nn.Module, cache: Cache) -> None:
+    check_network(
+        model, cache.name, classes=len(cache.classes), in_channels=cache.channels, image_size=cache.image_size
+    )
 
 
 def _measurable(protocol: Protocol, cases: Sequence[Case]) -> Protocol:

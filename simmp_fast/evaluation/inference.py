@@ -24,6 +24,39 @@ MIRRORS: tuple[tuple[int, ...], ...] = ((), (2,), (3,), (2, 3))
 
 Slice = NDArray[np.floating]
 
+_SHORTAGE = "not enough memory"
+# What the RuntimeErrors of PyTorch's allocators say.
+_NO_MEMORY = (_SHORTAGE, "DefaultCPUAllocator", "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def memory_shortage(error: BaseException) -> str | None:
+    """In a sentence, that memory ran out, if that is what `error` says; None for any other error."""
+    text = str(error)
+    if isinstance(error, MemoryError):
+        if _SHORTAGE in text:
+            return text  # it was made here
+    elif not isinstance(error, RuntimeError) or not any(part in text for part in _NO_MEMORY):
+        return None
+    reason = text.splitlines()[0] if text else type(error).__name__
+    return f"{_SHORTAGE} ({reason})"
+
+
+def check_network(model: nn.Module, name: str, *, classes: int, in_channels: int, image_size: int) -> None:
+    """Raise `DataError` unless a network that states its configuration was made for data of these sizes.
+
+    Args:
+        model: the network; one without `config` is taken as it is.
+        name: of the data set, for the message.
+        classes, in_channels, image_size: as the data have them.
+    """
+    config = getattr(model, "config", None)
+    needs = {"classes": classes, "in_channels": in_channels, "image_size": image_size}
+    wrong = {key: getattr(config, key, need) for key, need in needs.items() if getattr(config, key, need) != need}
+    if wrong:
+        got = ", ".join(f"{key} {value}" for key, value in wrong.items())
+        need = ", ".join(f"{key} {needs[key]}" for key in wrong)
+        raise DataError(f"model: got {got}, expected {need} as the data set {name!r} has")
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:

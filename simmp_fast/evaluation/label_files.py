@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from simmp_fast.data.errors import reading
 from simmp_fast.data.files import atomic_file, disk_errors
 
 
@@ -56,7 +57,8 @@ def _write_nifti(path: Path, array: NDArray[Any], source: Path) -> None:
     """`array` under the header of `source`: its geometry kept, its value type, scaling and display range replaced."""
     import nibabel
 
-    image: Any = nibabel.load(source)
+    with reading(source):
+        image: Any = nibabel.load(source)
     header = image.header.copy()
     header.set_data_dtype(array.dtype)
     header["cal_min"] = header["cal_max"] = 0

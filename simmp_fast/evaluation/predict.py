@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,14 +15,18 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
-from simmp_fast.data.errors import DataError
+from simmp_fast.data.errors import DataError, reading
+from simmp_fast.data.files import disk_errors
 from simmp_fast.data.formats import NIFTI, PICTURES, Volume, extension, read_image, stem
+from simmp_fast.data.names import printable
 from simmp_fast.data.preprocess import Geometry, Recipe, from_slices, network_input, resize_label, to_slices
-from simmp_fast.evaluation.inference import segment, segment_probabilities
+from simmp_fast.evaluation.inference import check_network, memory_shortage, segment, segment_probabilities
 from simmp_fast.evaluation.label_files import write_label_map, write_probabilities
+from simmp_fast.evaluation.report import check_folder
 from simmp_fast.pictures import Sample, save_overlays
 
 OVERLAY_SLICES = 4
+_LEFT_OUT_SHOWN = 20
 
 T = TypeVar("T")
 
@@ -64,7 +69,8 @@ def predict(
     Args:
         model: returns a list of heads `[B, classes, S1, S1]`; moved to `device` if one is named.
         description: classes, channels, intensity rule, slice axis and S1 of the data the model was trained on.
-        input_path: a file, or a folder whose NIfTI files and pictures are all taken.
+        input_path: a file, or a folder whose NIfTI files and pictures are all taken. What else is there, subfolders
+            too, is left out, and named on standard error; hidden files are left out without a word.
         output_path: for a file, the label map (`.nii`, `.nii.gz`; `.png` for a picture) or a folder to put it in; for a
             folder, the folder of the label maps, `<name>.nii.gz` and `<name>.png`.
         mirror: average over mirror images.
@@ -81,13 +87,25 @@ def predict(
         the files written, image by image.
 
     Raises:
-        DataError: nothing to read, an output in the way, or a bad file. In a folder the good files are done all the
-            same, and the error at the end names the bad ones.
+        DataError: nothing to read, an output in the way, a bad file, or a model of another number of classes or
+            channels or another image size than `description`. In a folder the good files are done all the same, and
+            the error at the end names the bad ones, and those for which memory was short.
+        MemoryError: memory was short for a single file; names it.
     """
     source, target = Path(input_path), Path(output_path)
+    check_network(
+        model,
+        description.name,
+        classes=len(description.classes),
+        in_channels=description.channels,
+        image_size=description.image_size,
+    )
     folder = source.is_dir()
     jobs = _folder_jobs(source, target) if folder else [_file_job(source, target)]
     jobs = [_with_extras(job, probabilities, overlays) for job in jobs]
+    if clashes := list(_clashes(jobs)):
+        raise DataError.listing(f"{source}: images whose outputs would have one name", clashes)
+    check_folder(jobs[0].labels.parent)
     options = {"batch_size": batch_size, "device": device, "precision": precision, "mirror": mirror}
     written: list[Path] = []
     problems: list[str] = []
@@ -99,6 +117,13 @@ def predict(
             if not folder:
                 raise
             problems.append(str(error))
+        except (MemoryError, RuntimeError) as error:
+            shortage = memory_shortage(error)
+            if shortage is None:
+                raise
+            if not folder:
+                raise MemoryError(f"{job.source}: {shortage}") from error
+            problems.append(f"{job.source}: {shortage}")
         else:
             written += job.outputs
     if problems:
@@ -114,7 +139,8 @@ def _bar(items: Sequence[T], unit: str, show: bool) -> Iterable[T]:
 
 def _run(model: nn.Module, recipe: Recipe, job: _Job, options: dict[str, Any], progress: bool) -> None:
     """Read, segment and write one image."""
-    volume = read_image(job.source)
+    # Where affine and header state two voxel sizes either will do: the label map keeps the file's own header.
+    volume = read_image(job.source, header_spacing=True)
     images, placed = network_input(volume, recipe)
     count, shape = len(recipe.classes), placed.slice_shape
     labels = np.empty(shape, np.uint8)
@@ -178,22 +204,32 @@ def _folder_jobs(source: Path, target: Path) -> list[_Job]:
         raise DataError(f"{target}: is the folder of the images, expected another one for the label maps")
     if target.exists() and not target.is_dir():
         raise DataError(f"{target}: is a file, expected a folder as {source} is one")
-    files = [f for f in sorted(source.iterdir()) if f.is_file() and not f.name.startswith(".")]
-    jobs = [_Job(f, target / _default_name(f), None, None) for f in files if extension(f) in NIFTI + PICTURES]
+    with reading(source):
+        visible = [path for path in sorted(source.iterdir()) if not path.name.startswith(".")]
+        files = [path for path in visible if path.is_file() and extension(path) in NIFTI + PICTURES]
+    jobs = [_Job(path, target / _default_name(path), None, None) for path in files]
     if not jobs:
         raise DataError(f"{source}: no image in this folder, expected files of kind {', '.join(NIFTI + PICTURES)}")
-    clashes = list(_clashes(jobs))
-    if clashes:
-        raise DataError.listing(f"{source}: images whose label maps would have one name", clashes)
+    _say_left_out(source, [path for path in visible if path not in files and path.resolve() != target.resolve()])
     return jobs
+
+
+def _say_left_out(source: Path, paths: list[Path]) -> None:
+    if not paths:
+        return
+    shown = [f"  {path.name}" + (": a folder" if path.is_dir() else "") for path in paths[:_LEFT_OUT_SHOWN]]
+    more = [f"  ... and {len(paths) - len(shown)} more"] if len(paths) > len(shown) else []
+    heading = f"{source}, left out: {len(paths)}, expected files of kind {', '.join(NIFTI + PICTURES)}"
+    print(printable("\n".join([heading, *shown, *more])), file=sys.stderr)
 
 
 def _clashes(jobs: list[_Job]) -> Iterator[str]:
     first: dict[Path, Path] = {}
     for job in jobs:
-        other = first.setdefault(job.labels, job.source)
-        if other != job.source:
-            yield f"{other.name} and {job.source.name}: both would become {job.labels.name}"
+        for output in job.outputs:
+            other = first.setdefault(output, job.source)
+            if other != job.source:
+                yield f"{other.name} and {job.source.name}: both would become {output.name}"
 
 
 def _with_extras(job: _Job, probabilities: bool, overlays: bool) -> _Job:
@@ -210,6 +246,7 @@ def _with_extras(job: _Job, probabilities: bool, overlays: bool) -> _Job:
 def _refuse_existing(job: _Job, overwrite: bool) -> None:
     if job.source.resolve() in [path.resolve() for path in job.outputs]:
         raise DataError(f"{job.source}: is also the output, expected another file for the label map")
-    there = [str(path) for path in job.outputs if path.exists()]
+    with disk_errors(job.labels):
+        there = [str(path) for path in job.outputs if path.exists()]
     if there and not overwrite:
         raise DataError(f"{', '.join(there)}: already there; overwrite replaces it")

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from simmp_fast.config import ConfigError, read_json
+from simmp_fast.data.errors import DataError
 from simmp_fast.data.files import atomic_file, disk_errors, write_json
 from simmp_fast.evaluation.metrics import METRICS, Measurement
 from simmp_fast.evaluation.protocols import Protocol
+
+if TYPE_CHECKING:
+    from simmp_fast.data.cache import Cache
 
 Means = dict[str, float | None]
 
@@ -44,6 +50,8 @@ class Evaluation:
         protocol: the convention followed.
         classes: class names, background first.
         rows: per case and foreground class, in the order of the split.
+        cache: checksum of the cache.
+        weights: what identifies the network's weights, such as their file and its checksum.
     """
 
     dataset: str
@@ -51,6 +59,8 @@ class Evaluation:
     protocol: Protocol
     classes: tuple[str, ...]
     rows: tuple[Row, ...]
+    cache: str = ""
+    weights: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def cases(self) -> list[str]:
@@ -117,6 +127,8 @@ class Evaluation:
         """Everything but the rows, as plain values for JSON."""
         return {
             "dataset": self.dataset,
+            "cache": self.cache,
+            "weights": dict(self.weights),
             "split": self.split,
             "protocol": self.protocol.name,
             "protocol_summary": self.protocol.summary,
@@ -138,8 +150,7 @@ class Evaluation:
         Raises:
             DataError: the files cannot be written.
         """
-        base = Path(folder) / f"{self.split}_{self.protocol.name}"
-        table, summary = base.with_suffix(".csv"), base.with_suffix(".json")
+        table, summary = result_files(folder, self.split, self.protocol.name)
         text = io.StringIO(newline="")
         columns = ["protocol", "split", "case", "label", "class", *Measurement.__dataclass_fields__]
         writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -149,9 +160,53 @@ class Evaluation:
             writer.writerow({**head, "class": row.name, **asdict(row.score)})
         with disk_errors(folder):
             with atomic_file(table) as temporary:
-                temporary.write_text(text.getvalue(), encoding="utf-8")
+                temporary.write_text(text.getvalue(), encoding="utf-8", errors="backslashreplace")
             write_json(summary, self.summary())
         return table, summary
+
+
+def result_files(folder: str | Path, split: str, protocol: str) -> tuple[Path, Path]:
+    """The CSV and the JSON file of an evaluation."""
+    base = Path(folder) / f"{split}_{protocol}"
+    return base.with_suffix(".csv"), base.with_suffix(".json")
+
+
+def check_results(folder: str | Path, split: str, protocol: str, cache: Cache) -> Mapping[str, str] | None:
+    """Refuse to replace results in `folder` that were measured on other data than `cache`, or nobody knows on which.
+
+    Returns:
+        what identifies the weights of the results that are there; None if there are none.
+
+    Raises:
+        DataError: such results are there, or the folder cannot be one.
+    """
+    check_folder(folder)
+    table, summary = result_files(folder, split, protocol)
+    if not table.exists() and not summary.exists():
+        return None
+    try:
+        found = read_json(summary)
+    except ConfigError:
+        found = {}
+    name, checksum = found.get("dataset"), found.get("cache")
+    if (name, checksum) != (cache.name, cache.checksum):
+        measured = f"of {name!r} (cache {str(checksum)[:12]})" if name and checksum else "of unknown data"
+        raise DataError(
+            f"{summary}: got results {measured}, expected none or those of {cache.name!r} (cache "
+            f"{cache.checksum[:12]}); choose another folder (--out), or replace them (--overwrite)"
+        )
+    weights = found.get("weights")
+    return weights if isinstance(weights, dict) else {}
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raise `DataError` if files cannot be written to `folder`, which need not exist yet."""
+    folder = Path(folder)
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise DataError(f"{there}: got a file, expected a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise DataError(f"{there}: got a folder without permission to write, expected one to write to")
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

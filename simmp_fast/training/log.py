@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +17,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from simmp_fast.data.errors import DataError
+from simmp_fast.data.names import printable
 from simmp_fast.training.errors import TrainingError
 
 
@@ -31,6 +33,7 @@ class RunLog:
 
     Raises:
         DataError: `metrics.jsonl` is shorter than that.
+        TrainingError: a file cannot be opened.
     """
 
     def __init__(self, folder: Path, *, total_steps: int, step: int = 0, metrics_bytes: int = 0) -> None:
@@ -38,21 +41,22 @@ class RunLog:
         size = self.path.stat().st_size if self.path.exists() else 0
         if size < metrics_bytes:
             raise DataError(f"{self.path}: got {size} bytes, expected the {metrics_bytes} the checkpoint knows of")
-        # Unbuffered: nothing is left to be written, and to fail, when they are closed.
-        self._metrics = open(self.path, "ab", buffering=0)  # noqa: SIM115
-        self._metrics.truncate(metrics_bytes)
-        self._metrics.seek(metrics_bytes)
-        self._text = open(folder / "train.log", "ab", buffering=0)  # noqa: SIM115
-        self._board = _tensorboard(folder / "tensorboard", step)
+        with _mendable(folder):
+            # Unbuffered: nothing is left to be written, and to fail, when they are closed.
+            self._metrics = open(self.path, "ab", buffering=0)  # noqa: SIM115
+            self._metrics.truncate(metrics_bytes)
+            self._metrics.seek(metrics_bytes)
+            self._text = open(folder / "train.log", "ab", buffering=0)  # noqa: SIM115
+            self._board = _tensorboard(folder / "tensorboard", step)
         self._bar = tqdm(
             total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
 
     def say(self, message: str) -> None:
         """One line for people: to the text log with the time, and to the terminal."""
-        tqdm.write(message, file=sys.stderr)
+        tqdm.write(printable(message), file=sys.stderr)
         with contextlib.suppress(OSError):  # a full disk must not hide the message that says so
-            self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n".encode())
+            self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(message)}\n".encode())
 
     def row(self, kind: str, step: int, epoch: int, **values: Any) -> None:
         """One line of `metrics.jsonl`; its numbers also go to TensorBoard as ``kind/name``.
@@ -69,18 +73,13 @@ class RunLog:
         finite = {name: _finite(value) for name, value in values.items()}
         row = {"kind": kind, "step": step, "epoch": epoch, **finite, "time": round(time.time(), 3)}
         line = json.dumps(row).encode() + b"\n"
-        try:
+        with _mendable(self.path):
             if self._metrics.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if self._board is not None:
                 for name, value in finite.items():
                     if isinstance(value, (int, float)):
                         self._board.add_scalar(f"{kind}/{name}", value, step)
-        except OSError as error:
-            raise TrainingError(
-                f"{self.path}: cannot be written ({error.strerror}); checkpoints are untouched, so resume the run when "
-                "that is mended"
-            ) from error
 
     def advance(self) -> None:
         """Count one step on the progress bar."""
@@ -91,8 +90,13 @@ class RunLog:
         self._bar.set_postfix(values, refresh=False)
 
     def synced_bytes(self) -> int:
-        """Length of `metrics.jsonl`, once all of it is on the disk."""
-        os.fsync(self._metrics.fileno())
+        """Length of `metrics.jsonl`, once all of it is on the disk.
+
+        Raises:
+            TrainingError: the disk is full.
+        """
+        with _mendable(self.path):
+            os.fsync(self._metrics.fileno())
         return self._metrics.tell()
 
     def close(self) -> None:
@@ -125,6 +129,18 @@ class SilentLog(RunLog):
 
     def close(self) -> None:
         """Nothing."""
+
+
+@contextlib.contextmanager
+def _mendable(path: Path) -> Iterator[None]:
+    """Turn an `OSError` of the block into a `TrainingError` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{error.filename or path}: cannot be written ({error.strerror or error}); checkpoints are untouched, so "
+            "resume the run when that is mended"
+        ) from error
 
 
 def _finite(value: Any) -> Any:

@@ -18,23 +18,24 @@ run.lock                process id and host of the process that trains here
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
+import importlib
 import json
 import os
 import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import torch
 import yaml
 
-from simmp_fast.config import Config, ConfigError, from_mapping, read_yaml, to_mapping
+from simmp_fast.config import Config, ConfigError, from_mapping, read_json, read_yaml, to_mapping
 from simmp_fast.data.files import atomic_file, disk_errors, write_json
 from simmp_fast.ranks import ALONE, Ranks
 
@@ -53,13 +54,31 @@ FREE_KEYS = frozenset(
     )
 )
 _held: set[Path] = set()
+_FAR = 2**30  # place in the lock file of the byte that Windows locks: nobody can read a locked one
+
+
+def _lock(file: IO[str], hold: bool) -> None:
+    """Take the system's lock on an open file, or give it back.
+
+    Raises:
+        BlockingIOError, PermissionError: another process holds it.
+        OSError: the file system has no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        msvcrt: Any = importlib.import_module("msvcrt")
+        os.lseek(file.fileno(), _FAR, os.SEEK_SET)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK if hold else msvcrt.LK_UNLCK, 1)
+    else:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB if hold else fcntl.LOCK_UN)
 
 
 class FolderLock:
     """An exclusive lock on a folder, released by the system when its process ends, however it ends.
 
-    A record lock (`lockf`): unlike `flock` it is not inherited by data loading processes, which may outlive a killed
-    trainer by seconds. It does not exclude the same process, hence `_held`.
+    A record lock (`lockf`; on Windows `msvcrt.locking`): unlike `flock` it is not inherited by data loading processes,
+    which may outlive a killed trainer by seconds. It does not exclude the same process, hence `_held`.
 
     Raises:
         ConfigError: another process, or this one, holds the folder; names it.
@@ -69,9 +88,12 @@ class FolderLock:
         self.path = (folder / "run.lock").resolve()
         if self.path in _held:
             raise ConfigError(f"{folder}: this process (pid {os.getpid()}) is already training there")
-        self._file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the lock is held
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the lock is held
+        except OSError as error:
+            raise ConfigError(f"{self.path}: cannot be written ({error.strerror})") from None
+        try:
+            _lock(self._file, hold=True)
         except (BlockingIOError, PermissionError):
             self._file.seek(0)
             holder = self._file.read().strip() or "unknown process"
@@ -91,6 +113,7 @@ class FolderLock:
         """Give the folder free. The file stays: removing it would let two processes lock two files."""
         if not self._file.closed:
             self._file.truncate(0)
+            _lock(self._file, hold=False)
             self._file.close()
             _held.discard(self.path)
 
@@ -129,18 +152,17 @@ class RunFolder:
     def _claim(self, resume: bool) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path}: got a file, expected a folder")
-        self._check_occupied(resume)
-        try:
+        with _usable(self.path):
+            self._check_occupied(resume)
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{self.path}: cannot be created ({error.strerror})") from None
         self._lock = FolderLock(self.path)
         try:
             self._check_occupied(resume)  # once more: another run may have come and gone before the lock was taken
             if resume:
                 self._check_same(self._config, self._records)
-            for leftover in self._leftovers():
-                leftover.unlink()
+            with _usable(self.path):
+                for leftover in self._leftovers():
+                    leftover.unlink()
         except BaseException:
             self.close()
             raise
@@ -183,10 +205,7 @@ class RunFolder:
         if config.train.epochs < saved.train.epochs:
             raise ConfigError(f"train.epochs: got {config.train.epochs}, expected at least {saved.train.epochs}")
         for name, content in records.items():
-            try:
-                old = json.loads((self.path / name).read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise ConfigError(f"{self.path / name}: cannot be read as JSON: {error}") from None
+            old = read_json(self.path / name)
             new = json.loads(json.dumps(content))
             if keys := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
                 raise ConfigError(
@@ -203,6 +222,15 @@ class RunFolder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def _usable(folder: Path) -> Iterator[None]:
+    """Turn an `OSError` of the block into a `ConfigError` that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be used as a run folder ({error.strerror or error})") from None
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

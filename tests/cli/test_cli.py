@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +17,7 @@ import yaml
 from golden_data import released_state_dict
 from PIL import Image
 
-from simmp_fast.cli import COMMANDS, build_parser, main
+from simmp_fast.cli import main
 
 TINY = {
     "model": {
@@ -92,6 +96,153 @@ def test_evaluate(place: Path, capsys: pytest.CaptureFixture[str], protocol: str
     assert (place / "run" / "evaluation" / f"test_{protocol}.csv").is_file()
 
 
+@pytest.fixture
+def evaluated(place: Path, tmp_path: Path) -> list[str]:
+    """A command whose results lie in `tmp_path / "results"`."""
+    command = ["evaluate", place / "run", "--data", place / "cache", "--device", "cpu", "--out", tmp_path / "results"]
+    assert main([str(word) for word in command]) == 0
+    return [str(word) for word in command]
+
+
+def prepared(place: Path, folder: Path, **changes: object) -> str:
+    """The fixture's pictures as another data set; its cache."""
+    description = {**yaml.safe_load((place / "squares.yaml").read_text()), "images": str(place / "images")}
+    file = folder / "other.yaml"
+    file.write_text(yaml.safe_dump({**description, "masks": str(place / "masks"), **changes}))
+    cache = str(folder / "other")
+    assert main(["prepare", str(file), "--out", cache, "--image-size", "64"]) == 0
+    return cache
+
+
+def test_results_say_what_was_measured(place: Path, tmp_path: Path, evaluated: list[str]) -> None:
+    found = json.loads((tmp_path / "results" / "test_published.json").read_text())
+    manifest = json.loads((place / "cache" / "manifest.json").read_text())
+    assert (found["dataset"], found["cache"]) == ("squares", manifest["checksum"])
+    assert found["weights"]["file"] == "best.safetensors"
+    assert len(found["weights"]["sha256"]) == 64
+
+
+def test_data_prepared_in_another_way_are_refused(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    intensity = {"rule": "percentile", "low": 1, "high": 99}
+    other = prepared(place, tmp_path, classes=["background", "disc"], intensity=intensity, slice_axis="coronal")
+    assert main(["evaluate", str(place / "run"), "--data", other, "--out", str(tmp_path / "results")]) == 2
+    error = capsys.readouterr().err
+    assert f"{other}: differs from what the network was trained on ({place}/run/data.json): 3 problems" in error
+    assert "classes: got ['background', 'disc'], expected ['background', 'square']" in error
+    assert "intensity: got percentile 1.0 to 99.0, expected range 0.0 to 255.0" in error
+    assert "slice_axis: got 'coronal', expected 'axial'" in error
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("record", ["kept", "without a record", "no JSON"])
+def test_results_of_other_data_stay(
+    place: Path, tmp_path: Path, evaluated: list[str], capsys: pytest.CaptureFixture[str], record: str
+) -> None:
+    other = prepared(place, tmp_path, name="others")
+    results = tmp_path / "results"
+    summary = results / "test_published.json"
+    if record == "without a record":
+        content = json.loads(summary.read_text())
+        summary.write_text(json.dumps({key: value for key, value in content.items() if key != "cache"}))
+    if record == "no JSON":
+        summary.unlink()
+    before = {path.name: path.read_bytes() for path in results.iterdir()}
+    command = [other if word == str(place / "cache") else word for word in evaluated]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    whose = "of 'squares' (cache " if record == "kept" else "of unknown data"
+    assert f"{summary}: got results {whose}" in error
+    assert "expected none or those of 'others'" in error
+    assert "--out" in error
+    assert {path.name: path.read_bytes() for path in results.iterdir()} == before
+    assert main([*command, "--overwrite"]) == 0
+    assert json.loads(summary.read_text())["dataset"] == "others"
+
+
+def test_results_of_the_same_data_are_replaced(
+    place: Path, evaluated: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(evaluated) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["evaluate", str(place / "run" / "last.safetensors"), *evaluated[2:]]) == 0
+    assert "replaced results of other weights (best.safetensors)" in capsys.readouterr().err
+
+
+def test_weights_alone_know_their_classes(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(place / "run" / "best.safetensors", tmp_path)
+    command = ["evaluate", str(tmp_path / "best.safetensors"), "--device", "cpu", "--data"]
+    assert main([*command, str(place / "cache")]) == 0
+    said = f"{tmp_path}/data.json: no such file, so intensity rule and slice axis of the data are not compared"
+    assert said in capsys.readouterr().err
+    assert main([*command, prepared(place, tmp_path, classes=["background", "disc"])]) == 2
+    assert "classes: got ['background', 'disc'], expected ['background', 'square']" in capsys.readouterr().err
+
+
+def test_results_are_saved_before_they_are_shown(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    command = [
+        "evaluate",
+        place / "run",
+        "--data",
+        place / "cache",
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "r\xe9sum\xe9",
+    ]
+    assert main([str(word) for word in command]) == 0
+    screen.flush()
+    assert b"\\xe9/test_published.csv" in screen.buffer.getvalue()  # type: ignore[attr-defined]
+
+    def broken(self: object) -> str:
+        raise OSError("the terminal is gone")
+
+    monkeypatch.setattr("simmp_fast.evaluation.report.Evaluation.table", broken)
+    command[-1] = tmp_path / "saved"
+    with pytest.raises(OSError, match="the terminal is gone"):
+        main([str(word) for word in command])
+    assert (tmp_path / "saved" / "test_published.json").is_file()
+
+
+def test_a_recipe_that_does_not_fit_the_network(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = json.loads((place / "run" / "data.json").read_text())
+    recipe.update(channels=3, image_size=96, classes=["a", "b", "c"])
+    (tmp_path / "data.json").write_text(json.dumps(recipe))
+    command = ["predict", place / "run", place / "images", "--out", tmp_path / "out", "--device", "cpu", "--recipe"]
+    assert main([str(word) for word in [*command, tmp_path / "data.json"]]) == 2
+    need = "got classes 2, in_channels 1, image_size 64, expected classes 3, in_channels 3, image_size 96"
+    assert need in capsys.readouterr().err
+    (tmp_path / "twice.json").write_text('{"name": "x",\n "channels": 1,\n "channels": 3}')
+    assert main([str(word) for word in [*command, tmp_path / "twice.json"]]) == 2
+    assert "twice.json: cannot be read as JSON: channels: got this key twice, see line 2, 3" in capsys.readouterr().err
+
+
+def test_predict_names_what_it_leaves_out(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, out = tmp_path / "images", tmp_path / "images" / "labels"
+    (images / "more").mkdir(parents=True)
+    shutil.copy(place / "images" / "0.png", images / "a$_1$.png")
+    shutil.copy(place / "images" / "1.png", os.fsencode(images) + b"/caf\xe9.png")
+    for name in (".hidden", *(f"{i:02}.txt" for i in range(25))):
+        (images / name).touch()
+    command = [str(w) for w in ("predict", place / "run", images, "--out", out, "--overlays", "--device", "cpu")]
+    for _ in range(2):
+        assert main([*command, "--overwrite"]) == 0
+        error = capsys.readouterr().err
+        assert f"{images}, left out: 26, expected files of kind .nii" in error, (
+            "the folder of the label maps is not one"
+        )
+        assert error.splitlines()[-2:] == ["  19.txt", "  ... and 6 more"]
+        assert "hidden" not in error
+    names = {b"a$_1$.png", b"a$_1$_overlay.png", b"caf\xe9.png", b"caf\xe9_overlay.png"}
+    assert set(os.listdir(os.fsencode(out))) == names
+
+
 def test_predict_a_picture(place: Path, tmp_path: Path) -> None:
     picture = tmp_path / "labels.png"
     arguments = ["predict", str(place / "run"), str(place / "images" / "0.png"), "--out", str(picture)]
@@ -123,7 +274,7 @@ def test_info(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_info_of_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--preset", "acdc"]) == 0
-    assert "91.30 M trainable" in capsys.readouterr().out
+    assert "91.30 M, backbone classifier" in capsys.readouterr().out
 
 
 def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,6 +305,18 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("train --data {0}/cache --run {0}/x --set model.classes=5", "model.classes: got 5, expected 2"),
         ("train --data {0}/cache --run {0}/x --preset small --backend triton --device cpu", "'triton' cannot run here"),
         ("train --data {0}/cache --run {0}/x --device warp", "--device: got 'warp'"),
+        ("train --data {0}/cache --run {0}/x --device meta", "--device: got 'meta', which cannot be used here"),
+        ("train --data {0}/cache --run {0}/x --device=", "--device: got '', which cannot be used here"),
+        ("train --data {0}/cache --run {0}/squares.yaml/x", "squares.yaml/x: cannot be used as a run folder"),
+        ("train --data {0}/cache --run {0}/x --set train.lr=[1", "--set: got 'train.lr=[1', whose value cannot be"),
+        ("train --data {0}/cache --run {0}/x --set train.lr=.nan", "train.lr: got nan, expected a finite number"),
+        ("evaluate {0}/run --data {0}/cache --device xla", "--device: got 'xla', which cannot be used here"),
+        ("evaluate {0}/run --data {0}/cache --device cpu:1", "--device: got 'cpu:1', which cannot be used here"),
+        ("evaluate {0}/run --data {0}/cache --out {0}/tiny.yaml", "tiny.yaml: got a file, expected a folder"),
+        ("evaluate {0}/tiny.yaml --data {0}/cache", "tiny.yaml: cannot be read as a checkpoint"),
+        ("predict {0}/run {0}/images/0.png --out {0}/tiny.yaml/y.png", "tiny.yaml: got a file, expected a folder"),
+        ("predict {0}/images/0.png {0}/images --out {0}/y", "images/0.png: truncated or damaged checkpoint"),
+        ("info {0}/images/0.png", "images/0.png: truncated or damaged checkpoint"),
         ("evaluate {0}/none --data {0}/cache", "none: no such file or folder"),
         ("evaluate {0}/images --data {0}/cache", "expected a run folder"),
         ("evaluate {0}/run --data {0}/cache --split holdout", "holdout"),
@@ -169,11 +332,3 @@ def test_bad_input(place: Path, capsys: pytest.CaptureFixture[str], command: str
     assert "Traceback" not in error
     assert not (place / "y.nii.gz").exists()
     assert not (place / "x" / "last.safetensors").exists()
-
-
-@pytest.mark.parametrize("name", [module.__name__.rsplit(".", 1)[-1] for module in COMMANDS])
-def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        build_parser().parse_args([name, "--help"])
-    assert stopped.value.code == 0
-    assert f"simmp-fast {name}" in capsys.readouterr().out.split("example:")[1]

@@ -50,6 +50,16 @@ def test_defaults_and_every_key(tmp_path):
         ({"mask_values": {"white": 1}}, "mask_values key: got 'white', expected an int"),
         ({"split": {"train": 0.9}}, "split: got shares that add up to 1.2"),
         ({"split": {"train": -0.1}}, "split.train: got -0.1"),
+        ({"split": {"test": 1.5}}, "split.test: got 1.5"),
+        ({"split": {"test": float("nan")}}, "split.test: got nan"),
+        (
+            {"split": {"validation": 0.5, "test": 0.5}},
+            r"split: got shares that add up to 1 \(train 0, validation 0.5, ",
+        ),
+        (
+            {"split": {"validation": 0.6, "test": 0.5}},
+            r"split: got shares that add up to 1.1 \(train 0, validation 0.6",
+        ),
         ({"split_ids": {"train": []}}, "split_ids.train: got an empty list"),
         ({"split_ids": {"train": [7]}}, r"split_ids.train\[0\]: got 7, expected a str"),
         ({"split_ids": {"train": ["a", "b"], "test": ["b"]}}, "split_ids: got b more than once"),
@@ -80,6 +90,15 @@ def test_split_by_shares():
     assert Split().assign(ids[::-1]) == parts
     assert Split(seed=1).assign(ids) != parts
     assert Split(1.0, 0, 0).assign(ids)["train"] == ids
+
+
+@pytest.mark.parametrize(
+    ("keys", "train"),
+    [({}, 0.7), ({"validation": 0.2, "test": 0.2}, 0.6), ({"validation": 0}, 0.8), ({"test": 0.6}, 0.3)],
+)
+def test_training_takes_what_the_others_leave(keys, train):
+    assert Split(**keys).train == train
+    assert Split(**keys) == Split(**keys, train=train)
 
 
 def test_small_sets_still_have_something_to_validate_and_test_on():

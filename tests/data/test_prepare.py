@@ -1,5 +1,8 @@
 import errno
+import os
 import shutil
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ import yaml
 from small_demo import needs_template
 from small_sets import write_picture, write_volume, write_yaml
 
+from simmp_fast.config import ConfigError
 from simmp_fast.data import cache as cache_module
 from simmp_fast.data import open_source
 from simmp_fast.data import prepare as prepare_function
@@ -171,6 +175,60 @@ def test_what_is_there_is_replaced_only_if_it_is_a_cache(volumes, tmp_path, name
     with pytest.raises(DataError, match=r"set\.yaml/out: cannot be written"):
         prepare(volumes, volumes / "out")
     assert names(tmp_path) == ["out", "set"]
+
+
+def test_places_that_cannot_be_written_are_named_before_anything_is_read(volumes, tmp_path, monkeypatch):
+    def read_nothing(*_):
+        raise AssertionError
+
+    source = open_source(volumes)
+    monkeypatch.setattr(sys.modules["simmp_fast.data.prepare"], "check", read_nothing)
+    with pytest.raises(DataError, match=r"set\.yaml/deep/out: cannot be written .Not a directory"):
+        prepare_function(source, volumes / "deep" / "out", 32)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # the superuser may write everywhere
+    with pytest.raises(DataError, match=r"new/out: cannot be written .Permission denied"):
+        prepare_function(source, tmp_path / "new" / "out", 32)
+    (tmp_path / "link").symlink_to(tmp_path / "link")
+    with pytest.raises(DataError, match="link: cannot be written .Permission denied"):
+        prepare_function(source, tmp_path / "link", 32)
+
+
+@pytest.mark.parametrize("size", [0, -32, 16, 31, 33, 100])
+def test_image_sizes_that_the_network_cannot_take(volumes, tmp_path, names, size):
+    with pytest.raises(ConfigError, match=f"image_size: got {size}, expected a multiple of 32, at least 32"):
+        prepare_function(open_source(volumes), tmp_path / "out", size)
+    assert names(tmp_path) == ["set"]
+
+
+REFUSALS = {
+    "not enough memory: Unable to allocate 8.00 TiB for an array": MemoryError(
+        "Unable to allocate 8.00 TiB for an array"
+    ),
+    "not enough memory": MemoryError(),
+    "cannot be read (Permission denied)": PermissionError(errno.EACCES, "Permission denied"),
+}
+
+
+@pytest.mark.parametrize("phase", ["checking", "writing"])
+@pytest.mark.parametrize(("message", "error"), REFUSALS.items(), ids=["numpy", "memory", "permission"])
+def test_a_file_that_the_machine_cannot_load_is_named(volumes, tmp_path, names, phase, message, error):
+    source = open_source(volumes)
+    calls = iter((False, True) if phase == "writing" else (True, True))
+
+    def load():
+        if next(calls):
+            raise error
+        return good.load()
+
+    good = source.cases[1]
+    source.cases[1] = replace(good, load=load)
+    (volumes.parent / "images" / "d.nii.gz").write_bytes(b"") if phase == "checking" else None
+    with pytest.raises(DataError) as caught:
+        prepare_function(source, tmp_path / "out", 32)
+    lines = str(caught.value).splitlines()
+    assert lines[0 if phase == "writing" else 1].strip() == f"images/b.nii.gz: {message}"
+    assert len(lines) == (1 if phase == "writing" else 3)  # the heading, and the damaged file that comes later
+    assert names(tmp_path) == ["set"]
 
 
 def test_silent_where_standard_error_is_no_terminal(volumes, tmp_path, capsys):

@@ -104,7 +104,80 @@ def test_intensity_rules():
         Intensity("percentile", 1, 99).apply(volume(nearly))
 
 
-@pytest.mark.parametrize(("rule", "low", "high"), [("zscore", 0, 1), ("window", 5, 5), ("percentile", 1, 101)])
+F32 = np.finfo(np.float32)
+
+
+@pytest.mark.parametrize("rule", ["range", "window"])
+@pytest.mark.parametrize(
+    ("values", "low", "high"), [((0, 0.5, 1), 0, 255), ((100, 101, 102), -500, 500), ((254, 254.5, 255), 0, 255)]
+)
+def test_values_in_another_unit_than_the_rule(rule, values, low, high):
+    """The network would see one grey value."""
+    found = (
+        rf"file\.nii: got values from {values[0]:g} to {values[2]:g}, .* in the {rule} {low} to {high}; set intensity"
+    )
+    for dtype in (np.float32, np.float64):
+        with pytest.raises(DataError, match=found):
+            Intensity(rule, low, high).apply(volume(np.array([values], dtype)))
+    assert Intensity(rule, low, high).apply(volume(np.array([*values, (low + high) / 2]))).max() > 0
+
+
+def test_values_all_outside_a_window():
+    with pytest.raises(DataError, match=r"file\.nii: got values from 40000 to 60000, .*the window -125 to 275"):
+        Intensity("window", -125, 275).apply(volume(np.array([40000, 60000], np.uint16)))
+
+
+@pytest.mark.parametrize(
+    ("array", "rule", "expected"),
+    [
+        (np.array([F32.min, 0, F32.max], np.float32), ("range", float(F32.min) / 2, float(F32.max) / 2), None),
+        (np.array([F32.min, 0, F32.max], np.float32), ("percentile", 0, 100), [0, 0.5, 1]),
+        (np.array([F32.min, F32.max] * 4, np.float32), ("percentile", 0, 50), [0, 1] * 4),
+        (np.array([F32.min, 0, 100], np.float32), ("window", 0, 100), [0, 0, 1]),
+        (np.array([-65504, 0, 65504], np.float16), ("percentile", 0, 100), [0, 0.5, 1]),
+        (np.array([-65504, 65504] * 4, np.float16), ("percentile", 0, 50), [0, 1] * 4),
+        (np.array([-30000, 30000] * 4, np.int16), ("percentile", 0, 50), [0, 1] * 4),
+        (10**9 + np.array([0, 1, 2, 3, 4]), ("range", 10**9, 10**9 + 4), [0, 0.25, 0.5, 0.75, 1]),
+        (10.0**9 + np.array([0, 1, 2, 3, 4]), ("percentile", 0, 100), [0, 0.25, 0.5, 0.75, 1]),
+        (np.array([1, 2, 3]) * 1e-44, ("percentile", 0, 100), None),
+        (np.array([0, 1, 2, 4]) * 1e-36, ("percentile", 0, 100), [0, 0.25, 0.5, 1]),
+        (np.array([0, 255, 2**52], np.int64), ("window", 0, 255), [0, 1, 1]),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_extreme_values(array, rule, expected):
+    if expected is None:
+        with pytest.raises(DataError, match=r"file\.nii"):
+            Intensity(*rule).apply(volume(array))
+        return
+    got = Intensity(*rule).apply(volume(array))
+    assert got.dtype == np.float32
+    middle = [0, 1] * 4 if rule == ("percentile", 0, 50) else expected
+    assert np.allclose(got, middle, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("rule", ["window", "percentile"])
+def test_what_leaves_an_intensity_rule_is_finite(rule, value):
+    with pytest.raises(DataError, match=r"file\.nii: got values from .*, expected finite numbers"):
+        Intensity(rule, 0, 100).apply(volume(np.array([0, 1, value])))
+
+
+def test_both_orders_of_memory_give_the_same():
+    array = RNG.integers(0, 255, (4, 5, 6)).astype(np.int16)
+    by_rows, by_columns = (Intensity("range", 0, 255).apply(volume(np.array(array, order=o))) for o in "CF")
+    assert np.array_equal(by_rows, by_columns)
+    assert by_columns.flags.f_contiguous
+
+
+@pytest.mark.parametrize(
+    ("rule", "low", "high"),
+    [
+        ("zscore", 0, 1), ("window", 5, 5), ("percentile", 1, 101), ("window", float("nan"), 1),
+        ("range", 0, float("inf")), ("range", -float("inf"), 0), ("window", 0, float("nan")), ("window", -3e38, 3e38),
+        ("range", 0, 1e-39), ("range", 0, 1e39), ("range", 0, 10**400),
+    ],
+)  # fmt: skip
 def test_intensity_refuses(rule, low, high):
     with pytest.raises(ConfigError, match="intensity"):
         Intensity(rule, low, high)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ import pytest
 import torch
 from stand_ins import AFFINE, SIDE, LevelModel, make_cache
 
+from simmp_fast.config import ModelConfig
 from simmp_fast.data.cache import Cache
 from simmp_fast.data.errors import DataError
-from simmp_fast.data.preprocess import Geometry, Recipe
-from simmp_fast.evaluation.evaluate import case_dice, evaluate
+from simmp_fast.data.preprocess import Geometry, Intensity, Recipe
+from simmp_fast.evaluation.evaluate import case_dice, check_prepared_alike, evaluate
 from simmp_fast.evaluation.metrics import measure
 from simmp_fast.evaluation.report import Evaluation
 
@@ -191,3 +193,32 @@ def test_save(model: LevelModel, partial: Cache, tmp_path: Path) -> None:
     assert summary["mean"] == results["strict"].means()
     assert summary["per_class"]["high"]["hd95"] is None
     assert (summary["undefined_distances"], summary["absent"], summary["cases"]) == (1, 3, 3)
+
+
+def test_data_prepared_alike(recipe: Recipe, tmp_path: Path) -> None:
+    """The data set's name and the form of its accents may differ, whatever reaches the network may not."""
+    classes = ("background", "l\u00e9sion", "high")
+    image, label = np.zeros((1, 1, SIDE, SIDE), np.float32), np.zeros((1, SIDE, SIDE), np.uint8)
+    found = replace(recipe, classes=classes)
+    cache = make_cache(tmp_path / "cache", found, {"a": (image, label, Geometry(label.shape))})
+    check_prepared_alike(
+        replace(found, name="others", classes=("background", "le\u0301sion", "high")), cache, "data.json"
+    )
+    swapped = replace(found, classes=("background", "high", "l\u00e9sion"), image_size=32, channels=3)
+    with pytest.raises(DataError, match=r"cache: differs from what .* \(data.json\): 3 problems") as error:
+        check_prepared_alike(swapped, cache, "data.json")
+    assert "image_size: got 16, expected 32" in str(error.value)
+    assert "channels: got 1, expected 3" in str(error.value)
+    assert "classes: got ['background', 'l\u00e9sion', 'high'], expected ['background', 'high'" in str(error.value)
+    with pytest.raises(DataError, match="expected 'sagittal'"):
+        check_prepared_alike(replace(found, slice_axis="sagittal"), cache, "data.json")
+    with pytest.raises(DataError, match="intensity: got window 0.0 to 200.0, expected window 0.0 to 100.0"):
+        check_prepared_alike(replace(found, intensity=Intensity("window", 0.0, 100.0)), cache, "data.json")
+
+
+def test_a_network_for_other_data(model: LevelModel, cache: Cache) -> None:
+    model.config = ModelConfig(classes=3, in_channels=3, image_size=64)
+    message = "model: got in_channels 3, image_size 64, expected in_channels 1, image_size 16 as the data set 'levels'"
+    for function in (evaluate, case_dice):
+        with pytest.raises(DataError, match=message):
+            function(model, cache, "test")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from stand_ins import SIDE, LevelModel
 
@@ -195,6 +197,17 @@ def test_folder_with_bad_files(model: LevelModel, recipe: Recipe, tmp_path: Path
     assert model.training
 
 
+def test_an_output_name_that_is_too_long_costs_that_file_alone(
+    model: LevelModel, recipe: Recipe, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b" * 251):
+        Image.fromarray(levels((SIDE, SIDE)).clip(0, 255).astype(np.uint8)).save(tmp_path / "in" / f"{name}.png")
+    with pytest.raises(DataError, match="1 of 2 files done(.|\n)*too long"):
+        predict(model, recipe, tmp_path / "in", tmp_path / "out", overlays=True)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "a_overlay.png"]
+
+
 def test_refusals(model: LevelModel, recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file or folder"):
         predict(model, recipe, tmp_path / "absent.nii.gz", tmp_path / "out")
@@ -212,4 +225,50 @@ def test_refusals(model: LevelModel, recipe: Recipe, tmp_path: Path) -> None:
         Image.fromarray(levels((4, 4)).astype(np.uint8)).save(folder / name)
     with pytest.raises(DataError, match=r"x\.bmp and x\.png: both would become x\.png"):
         predict(model, recipe, folder, tmp_path / "out")
+    (folder / "x.bmp").rename(folder / "x_overlay.png")
+    with pytest.raises(DataError, match=r"x\.png and x_overlay\.png: both would become x_overlay\.png"):
+        predict(model, recipe, folder, tmp_path / "out", overlays=True)
     assert not (tmp_path / "out").exists()
+
+
+class Greedy(LevelModel):
+    """Finds no memory for images in which class 2 is most of all."""
+
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        if image.mean() > 0.8:
+            raise RuntimeError("err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+        return super().forward(image)
+
+
+def test_short_memory(recipe: Recipe, tmp_path: Path) -> None:
+    """A folder goes on and names the file; a single file is an error that names it."""
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    array = levels((SIDE, SIDE))
+    for name, plus in (("a", 0), ("b", 180), ("c", 0)):
+        Image.fromarray(np.clip(array + plus, 0, 200).astype(np.uint8)).save(images / f"{name}.png")
+    message = r"b\.png: not enough memory \(err == 0. DefaultCPUAllocator: can't allocate"
+    with pytest.raises(DataError, match="2 of 3 files done") as error:
+        predict(Greedy(), recipe, images, out)
+    assert re.search(message, str(error.value))
+    assert sorted(path.name for path in out.iterdir()) == ["a.png", "c.png"]
+    with pytest.raises(MemoryError, match=message):
+        predict(Greedy(), recipe, images / "b.png", tmp_path / "b.png")
+
+
+def test_errors_of_the_model_are_not_hidden(model: LevelModel, recipe: Recipe, tmp_path: Path) -> None:
+    Image.fromarray(np.clip(levels((SIDE, SIDE)), 0, 255).astype(np.uint8)).save(tmp_path / "a.png")
+    model.norm = torch.nn.BatchNorm2d(2)
+    with pytest.raises(RuntimeError, match="running_mean"):
+        predict(model, recipe, tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("target", ["file/out.png", "file", "file/deep/out.png"])
+def test_a_file_in_place_of_the_output_folder(
+    model: LevelModel, recipe: Recipe, tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    Image.fromarray(np.clip(levels((SIDE, SIDE)), 0, 255).astype(np.uint8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(model, "forward", None)  # nothing is computed
+    with pytest.raises(DataError, match=f"{tmp_path}/file: got a file, expected a folder"):
+        predict(model, recipe, tmp_path / "a.png", tmp_path / target)

@@ -11,6 +11,8 @@ import pytest
 from training_stubs import ROOT, tiny_config
 
 from simmp_fast.config import Config, ConfigError, from_mapping, read_yaml
+from simmp_fast.training.errors import TrainingError
+from simmp_fast.training.log import RunLog
 from simmp_fast.training.run_folder import RunFolder
 
 DATA = {"data.json": {"name": "shapes", "classes": ["background", "disc"]}}
@@ -152,3 +154,77 @@ def test_temporary_files_of_a_killed_run_are_removed(tmp_path):
     leftover.write_text("half")
     begin(tmp_path, tiny_config(), resume=True)
     assert not leftover.exists()
+
+
+def test_a_lock_or_log_that_cannot_be_written(tmp_path):
+    (tmp_path / "a" / "run.lock").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/a/run.lock: cannot be written \(Is a directory\)"):
+        RunFolder(tmp_path / "a", tiny_config(), DATA)
+    for name in ("metrics.jsonl", "train.log"):
+        (tmp_path / name / name).mkdir(parents=True)
+        with pytest.raises(TrainingError, match=rf"{tmp_path}/{name}/{name}: cannot be written \(Is a directory\)"):
+            RunLog(tmp_path / name, total_steps=1)
+
+
+def test_a_file_above_the_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/file/run: cannot be used as a run folder \("):
+        RunFolder(tmp_path / "file" / "run", tiny_config(), DATA)
+
+
+def test_records_with_a_key_twice_are_not_compared(tmp_path):
+    begin(tmp_path, tiny_config())
+    (tmp_path / "data.json").write_text('{"name": "others",\n "name": "shapes", "classes": ["background", "disc"]}')
+    with pytest.raises(ConfigError, match=r"data.json: cannot be read as JSON: name: got this key twice, see line"):
+        RunFolder(tmp_path, tiny_config(), DATA, resume=True)
+
+
+def test_the_log_takes_names_that_are_not_utf8(tmp_path, capsys):
+    with RunLog(tmp_path, total_steps=1) as log:
+        log.say("caf\udce9: saved")
+    assert (tmp_path / "train.log").read_text(encoding="utf-8").endswith(" caf\\xe9: saved\n")
+    assert capsys.readouterr().err == "caf\\xe9: saved\n"
+
+
+# Windows has no fcntl; a module with its one function takes the place of msvcrt here.
+WITHOUT_FCNTL = """
+import os, sys, types
+sys.modules["fcntl"] = None
+msvcrt, calls = types.ModuleType("msvcrt"), []
+msvcrt.LK_NBLCK, msvcrt.LK_UNLCK = 2, 0
+def locking(handle, mode, size):
+    calls.append((mode, os.lseek(handle, 0, os.SEEK_CUR), size))
+    if taken and mode == msvcrt.LK_NBLCK:
+        raise PermissionError(13, "Permission denied")
+msvcrt.locking, taken = locking, False
+from pathlib import Path
+from simmp_fast.cli import info, main
+from simmp_fast.config import ConfigError
+from simmp_fast.training.run_folder import FolderLock
+try:
+    main(["train", "--help"])
+except SystemExit as stopped:
+    assert stopped.code == 0
+info.multiply_adds = lambda model: 0  # counting takes seconds
+assert main(["info", "--preset", "small"]) == 0
+folder = Path(sys.argv[1])
+sys.modules["msvcrt"] = msvcrt  # so late, as the standard library takes it for the sign of Windows
+FolderLock(folder).release()
+FolderLock(folder).release()
+assert calls == [(2, 2**30, 1), (0, 2**30, 1)] * 2, calls
+(folder / "run.lock").write_text("pid 7 on elsewhere")
+taken = True
+try:
+    FolderLock(folder)
+except ConfigError as error:
+    assert "run folder in use by pid 7 on elsewhere" in str(error)
+else:
+    raise AssertionError("the lock was taken twice")
+"""
+
+
+def test_windows_locks_without_fcntl(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", WITHOUT_FCNTL, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,38 @@
+"""Names of files and cases: how they are compared, and how they are shown."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+
+NOT_UTF8 = "its name is not UTF-8, expected one that is: rename it"
+_LISTED = 8
+
+
+def nfc(text: str) -> str:
+    """`text` in composed Unicode: names that read alike are equal in it, however a system stores their accents."""
+    return unicodedata.normalize("NFC", text)
+
+
+def forms(text: str) -> list[str]:
+    """`text` as written, composed and decomposed: the names that a file which reads like it may have on a disk."""
+    return list(dict.fromkeys((text, nfc(text), unicodedata.normalize("NFD", text))))
+
+
+def printable(text: str) -> str:
+    """`text` with every byte of a file's name that is not UTF-8 as ``\\xe9``, so that it can be printed and stored."""
+    escaped = re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:x}", text)
+    return escaped.encode("utf-8", "backslashreplace").decode()
+
+
+def is_utf8(path: str | Path) -> bool:
+    """Whether every name in `path` is UTF-8: others can be neither printed nor written to JSON."""
+    return printable(str(path)) == str(path)
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few of `names`, and how many there are if there are more."""
+    every = list(names)
+    return ", ".join(every[:_LISTED]) + (f", ... ({len(every)} names)" if len(every) > _LISTED else "")

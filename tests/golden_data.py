@@ -46,7 +46,7 @@ def released_state_dict() -> dict[str, Tensor]:
         if dtype == "int64":
             state[name] = torch.zeros(shape, dtype=torch.int64)
         elif leaf in ("k", "warmup_iter_counter", "pool_structured"):
-            value = {"k": 50.0, "warmup_iter_counter": 2001.0, "pool_structured": 1.0}[leaf]
+            value = {"k": 50.0, "warmup_iter_counter": 2001.0, "pool_structured": 0.0}[leaf]
             state[name] = torch.full(shape, value)
         else:
             state[name] = torch.from_numpy(golden_recipe.tensor(_source_name(name), tuple(shape)))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..config import ConfigError
+from ..validation import transformed
 from .layers import ImageGate, resize
+from .weight_files import read_tensors
 
 
 class GatedBackbone(nn.Module):
@@ -49,50 +52,51 @@ class GatedBackbone(nn.Module):
         image = resize(image, size)
         x = self.stem(image)
         features = []
-        for stage, gate in zip(self.stages, self.gates, strict=True):
-            x = gate(stage(x), image)
-            features.append(x)
+        with sdpa_kernel(SDPBackend.MATH) if transformed() else nullcontext():  # torch.func follows no fused attention
+            for stage, gate in zip(self.stages, self.gates, strict=True):
+                x = gate(stage(x), image)
+                features.append(x)
         return features, image * resize(self.attention(x).sigmoid(), size)
 
     def load_weights(self, source: str) -> None:
         """Load stem and stages from a local file, or from timm's download where `source` is ``timm:<model name>``.
 
         Args:
-            source: path of a safetensors file or of a checkpoint that holds tensors alone, with timm's names.
+            source: path of a safetensors file or of a checkpoint, with timm's names (`weight_files.read_tensors`).
 
         Raises:
-            ConfigError: no such file, or names or shapes that do not fit.
+            ConfigError: no such file or download, or names, shapes or kinds of numbers that do not fit.
         """
-        if source.startswith("timm:"):
-            import timm
-
-            name = source.removeprefix("timm:")
-            state = timm.create_model(name, pretrained=True, img_size=self.image_size, num_classes=0).state_dict()
-        else:
-            state = _read_tensors(Path(source))
+        try:
+            if source.startswith("timm:"):
+                state = _downloaded(source.removeprefix("timm:"), self.image_size)
+            else:
+                state = read_tensors(Path(source))
+        except ConfigError as error:
+            raise ConfigError(f"train.backbone_weights: {error}") from error
         own = {k: v for k, v in self.state_dict().items() if k.startswith(("stem.", "stages."))}
-        missing = [k for k in own if k not in state or state[k].shape != own[k].shape]
+        missing = [k for k in own if k not in state or not _alike(own[k], state[k])]
         if missing:
             raise ConfigError(
                 f"train.backbone_weights: {source} lacks {len(missing)} of the backbone's {len(own)} tensors, or has "
-                f"them in another shape, the first being {missing[0]}; expected weights of the same timm model"
+                f"them in another shape or kind, the first being {missing[0]}; expected weights of the same timm model"
             )
         self.load_state_dict({k: state[k] for k in own}, strict=False)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The named tensors of a weight file; nothing is ever unpickled."""
-    if not path.is_file():
-        raise ConfigError(f"train.backbone_weights: {path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+def _alike(own: Tensor, other: Tensor) -> bool:
+    return own.shape == other.shape and own.is_floating_point() == other.is_floating_point()
 
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ConfigError(f"train.backbone_weights: {path} cannot be read as weights: {error}") from error
-    return dict(content.get("state_dict", content))
+
+def _downloaded(name: str, image_size: int) -> dict[str, Tensor]:
+    """The weights that timm has for its model `name`."""
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=True, img_size=image_size, num_classes=0).state_dict()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"got timm's weights of {name!r}, which cannot be had ({reason}); name a file") from error
 
 
 def _create(name: str, image_size: int) -> Any:

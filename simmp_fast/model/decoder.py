@@ -58,8 +58,9 @@ class Decoder(nn.Module):
             config, deepest, config.decoder_feature_dim, config.decoder_clusters, "decoder.4", backend
         )
         self.block = ConvBlock(deepest)
-        # Never read: the published parameter count includes it, and released checkpoints bring it along.
-        self.channel_attention = ChannelAttention(deepest)
+        # Never read: the published parameter count includes it, and released checkpoints bring it along. It asks for no
+        # gradient, since data parallel training waits for every gradient that is asked for.
+        self.channel_attention = ChannelAttention(deepest).requires_grad_(False)
         self.spatial_attention = SpatialAttention()
         self.levels = nn.ModuleList(
             DecoderLevel(config, channels[i + 1], channels[i], f"decoder.{i + 1}", backend) for i in (2, 1, 0)

@@ -63,6 +63,10 @@ class DMWLABlock(nn.Module):
         # casts, and leaves alone what it need not cast.
         tokens = x.flatten(2).transpose(1, 2).to(product_dtype(x), memory_format=torch.contiguous_format).contiguous()
         added = self._reassociated(tokens) if self.reassociates else self._plain(tokens)
+        if self.bank.undecided:
+            query = F.linear(tokens, self.query.weight.to(tokens.dtype))
+            recalled, _ = ops.memory_attention(query, self.bank.memory, self.bank.prototypes, backend=self.backend)
+            added = added + self.output(torch.where(self.bank.structured >= 0.5, recalled, 0.0))
         return x + added.transpose(1, 2).reshape(x.shape)
 
     def _plain(self, tokens: Tensor) -> Tensor:

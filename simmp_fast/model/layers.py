@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..validation import transformed
+
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resize of ``[B, C, H, W]`` to `size`, ``align_corners=False``; `x` itself where nothing changes."""
@@ -21,9 +23,9 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """``function(*inputs)``; what it would keep for its backward is computed again there. It must draw no numbers.
 
     For what is cheap to compute and large to keep. Products whose result nobody needs are not repeated. Compiled code
-    decides by itself what it keeps.
+    decides by itself what it keeps, and `torch.func` allows for no recomputation.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or transformed() or not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.layers.pos_embed_rel import gen_relative_position_index
 from torch import Tensor, nn
 
+from ..validation import transformed
 from .layers import recomputed
 
 
@@ -81,26 +82,47 @@ class _RelativePosition(nn.Module):
     def __init__(self, module: Any) -> None:
         super().__init__()
         self.mlp, self.heads = module.mlp, module.num_heads
-        self.area = module.window_size[0] * module.window_size[1]
-        with torch.device("cpu"):  # a network may be made on the meta device
-            axes = [torch.arange(1 - size, size, dtype=torch.float64) for size in module.window_size]
+        self.window = tuple(module.window_size)
+        self.area = self.window[0] * self.window[1]
+        for name, value in self._constants().items():
+            kept = (
+                value.to(module.rel_coords_log) if value.is_floating_point() else value.to(module.rel_coords_log.device)
+            )
+            self.register_buffer(name, kept, persistent=False)
+        # A network made on the meta device gets its values by loading; these are in no state.
+        self.register_load_state_dict_post_hook(_fill_again)
+
+    def _constants(self) -> dict[str, Tensor]:
+        """What follows from the window alone, on the CPU."""
+        with torch.device("cpu"):
+            axes = [torch.arange(1 - size, size, dtype=torch.float64) for size in self.window]
             logs = [axis.sign() * axis.abs().log1p() for axis in axes]
             coordinates = torch.stack(torch.meshgrid(*logs, indexing="ij"), -1).float()
-            index = gen_relative_position_index(module.window_size).flatten()
+            index = gen_relative_position_index(self.window).flatten()
             pairs = _pairs(index, len(axes[0]) * len(axes[1]))
-        device = module.relative_position_index.device
-        self.register_buffer("rel_coords_log", coordinates.to(module.rel_coords_log), persistent=False)
-        self.register_buffer("relative_position_index", index.to(device), persistent=False)
-        self.register_buffer("pairs", pairs.to(device), persistent=False)
+        return {"rel_coords_log": coordinates, "relative_position_index": index, "pairs": pairs}
 
     def get_bias(self) -> Tensor:
         """``[1, heads, tokens, tokens]``: the name by which timm's attention asks."""
         table = self.mlp(cast(Tensor, self.rel_coords_log)).view(-1, self.heads).mT
-        bias = cast(Tensor, _Spread.apply(table, self.relative_position_index, self.pairs))
+        index = cast(Tensor, self.relative_position_index)
+        # `torch.func` and forward-mode AD see through an index, not into an operator with a gradient of its own.
+        bias = table[:, index] if transformed() else cast(Tensor, _Spread.apply(table, index, self.pairs))
         return bias.view(1, self.heads, self.area, self.area)
 
     def forward(self, scores: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         return scores + self.get_bias()
+
+
+def _fill_again(module: nn.Module, _: Any) -> None:
+    relative = cast(_RelativePosition, module)
+    weight = relative.mlp.fc1.weight
+    for name, value in relative._constants().items():
+        own = cast(Tensor, getattr(relative, name))
+        if own.is_meta:
+            own = torch.empty_like(own, device=weight.device)
+            setattr(relative, name, own)
+        own.copy_(value)
 
 
 def _pairs(index: Tensor, positions: int) -> Tensor:

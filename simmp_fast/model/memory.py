@@ -2,7 +2,8 @@
 
 A training forward only *offers* its tokens; `write`, called after that forward's backward, writes them. So tensors
 saved for backward stay as they were, addresses never change, and recomputation under activation checkpointing writes
-nothing. The phase is a host integer: no device value is read to find it.
+nothing. The phase is a 0-d buffer, so whatever copies, averages or saves a bank takes it along, and the host keeps its
+value in mind: a training step reads no device value to find it.
 
 A step of the bank has three parts: `prepare` draws on the host, `write` runs on the device alone and can be compiled or
 captured in a CUDA graph, `advance` counts on the host.
@@ -11,10 +12,12 @@ captured in a CUDA graph, `advance` counts on the host.
 from __future__ import annotations
 
 import hashlib
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..parallel.update_memory import update_memory
 from ..ranks import ALONE, Ranks
@@ -28,7 +31,22 @@ def named_generator(seed: int, name: str, step: int) -> torch.Generator:
     and every rank and every resumed run draws the same numbers.
     """
     digest = hashlib.blake2b(f"{seed} {name} {step}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _number(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A 0-d tensor on the CPU, whatever the default device is."""
+    return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+def _is_structured(flag: Tensor) -> bool:
+    """Whether a bank with this value of `structured` is; one value for all of those that `torch.vmap` stacks."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(flag):
+        flag = torch._C._functorch.get_unwrapped(flag)
+    structured = (flag.detach() >= 0.5).flatten().tolist()
+    if len(set(structured)) > 1:
+        raise ValueError(f"structured: got memory banks in both phases, {structured}, under one call of torch.vmap")
+    return structured[0]
 
 
 def _recomputing() -> bool:
@@ -50,13 +68,17 @@ class MemoryBank(nn.Module):
     Attributes:
         memory: ``[K, M, D]``.
         prototypes: ``[K, D]``.
-        step: training steps committed so far; a host integer, saved in the extra state.
+        structured: 0-d float32, 0 in warm-up and 1 from the structuring on; an average of both counts as structured
+            from 0.5 on.
+        step: training steps committed so far; a host integer, saved in the extra state. At least `warmup_steps` where
+            the bank is structured, less in warm-up.
         warming: whether the bank is still in warm-up: it is filled, but not yet attended to.
         ranks: the processes whose tokens it takes, each with as many images; their banks stay equal bit for bit.
     """
 
     memory: Tensor
     prototypes: Tensor
+    structured: Tensor
 
     def __init__(
         self,
@@ -73,29 +95,115 @@ class MemoryBank(nn.Module):
         super().__init__()
         self.register_buffer("memory", torch.rand(clusters, slots, dim))
         self.register_buffer("prototypes", torch.rand(clusters, dim))
+        self.register_buffer("structured", torch.tensor(float(warmup_steps == 0)))
         self.warmup_steps, self.rate, self.seed, self.name = warmup_steps, rate, seed, name
         self.backend = backend
         self.ranks: Ranks = ALONE
         self._offered: tuple[Tensor, Tensor | None] | None = None
         self._draws: Tensor | None = None
-        self._enter(0)
+        self._step, self._warming = 0, warmup_steps > 0
+        self._note()
 
     def extra_repr(self) -> str:
         clusters, slots, dim = self.memory.shape
         return f"clusters={clusters}, slots={slots}, dim={dim}, step={self.step}, name={self.name!r}"
 
+    @property
+    def step(self) -> int:
+        self._follow()
+        return self._counted()
+
+    @property
+    def warming(self) -> bool:
+        self._follow()
+        return self._warming
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the device alone can say if the bank is still `warming`: compiled evaluation cannot look, and an
+        average may have been structured since somebody did.
+        """
+        return torch.compiler.is_compiling() and self._warming and not self.training
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, and look at the phase anew."""
+        super().train(mode)
+        self._follow(again=True)
+        return self
+
+    def _follow(self, again: bool = False) -> None:
+        """Take over the phase that somebody else wrote to `structured`, with a loaded, copied or averaged state.
+
+        The device is read only where the buffer changed, or where it must be read `again`: a write through ``.data``
+        is not counted as a change, so a bank in warm-up also looks whenever it is evaluated. Compiled code guards on
+        the phase known to the host, which is a flag of its own: the counter changes at every step.
+        """
+        if torch.compiler.is_compiling() or not self._readable():
+            return
+        again = again or (self._warming and not self.training)
+        if again or self._seen[0] is not self.structured or self._seen[1] != self._writes():
+            self._warming = not _is_structured(self.structured)
+            self._note()
+
+    def _readable(self) -> bool:
+        flag = self.structured
+        if flag.is_meta or isinstance(flag, FakeTensor):
+            return False
+        return not (flag.is_cuda and torch.cuda.is_current_stream_capturing())
+
+    def _writes(self) -> int:
+        return -1 if self.structured.is_inference() else self.structured._version
+
+    def _note(self) -> None:
+        self._seen = self.structured, self._writes()
+
+    def _counted(self) -> int:
+        """The counter in the phase known to the host; a phase that was lent for a while leaves no trace in it."""
+        return self._step_in(not self._warming, self._step)
+
+    def _step_in(self, structured: bool, step: int) -> int:
+        """The counter nearest to `step` that agrees with a phase."""
+        return max(step, self.warmup_steps) if structured else min(step, self.warmup_steps - 1)
+
     def _enter(self, step: int) -> None:
-        # A flag of its own: a compiled forward depends on the phase, not on the counter that changes every step.
-        self.step, self.warming = step, step < self.warmup_steps
+        self._step, warming = step, step < self.warmup_steps
+        if warming != self._warming:
+            self._warming = warming
+            self.structured.copy_(_number(float(not warming)))
+            self._note()
 
     def get_extra_state(self) -> Tensor:
         """The step counter as an int64 tensor, so that a state dict holds tensors alone."""
-        return torch.tensor(self.step, dtype=torch.int64)
+        return _number(self._counted(), torch.int64)  # averages ask at every step, and must not wait
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore the step counter; whatever was offered before belongs to another life."""
+        """Restore the step counter and enter its phase; whatever was offered before belongs to another life."""
+        self._follow()
         self._enter(int(state))
         self._offered = None
+
+    def reconcile(self, state: dict[str, Any], prefix: str) -> None:
+        """Make phase and counter of this bank agree in a state dict, in place.
+
+        A state without a phase takes it from the counter; where both are there the phase wins, since it is averaged
+        and copied with the memory.
+
+        Args:
+            state: names and tensors.
+            prefix: what the names of this bank begin with, such as ``"bank."``.
+        """
+        flag, counter = f"{prefix}structured", f"{prefix}_extra_state"
+        if counter not in state:
+            return
+        step = int(state[counter])
+        if flag in state:
+            state[counter] = _number(self._step_in(float(state[flag]) >= 0.5, step), torch.int64)
+        else:
+            state[flag] = _number(float(step >= self.warmup_steps))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        self.reconcile(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def offer(self, tokens: Tensor, weight: Tensor | None = None) -> None:
         """Keep the tokens of a training forward until `write` or `discard`.
@@ -153,10 +261,10 @@ class MemoryBank(nn.Module):
         width = min(drawn, size)
         kept = min(max(1, int(0.5 * (self.step + 1) / self.warmup_steps * drawn)), width)
         generator = named_generator(self.seed, self.name, self.step)
-        image = torch.randperm(drawn, generator=generator)[:width] // per_image
-        place = torch.randint(2**31, (width,), generator=generator)
-        slot = torch.randperm(size, generator=generator)[:width]
-        return torch.stack([image, place, slot, (torch.arange(width) < kept).long()])
+        image = torch.randperm(drawn, generator=generator, device="cpu")[:width] // per_image
+        place = torch.randint(2**31, (width,), generator=generator, device="cpu")
+        slot = torch.randperm(size, generator=generator, device="cpu")[:width]
+        return torch.stack([image, place, slot, (torch.arange(width, device="cpu") < kept).long()])
 
     def _taken(self) -> tuple[Tensor, Tensor | None]:
         if self._offered is None:

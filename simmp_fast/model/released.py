@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import ConfigError, ModelConfig
+from .weight_files import network_tensors, read_tensors
 
-# Encoder A's stages are stored twice, beside a last norm that no forward pass reads; `k` and the flag are read apart.
-_IGNORED = re.compile(r"stem_1\.|encoder1_\d\.|backbone1\.(norm|head)\.|(.*\.)?(k|pool_structured)$")
+# Encoder A's stages are stored twice, beside a last norm that no forward pass reads; averaging adds a counter; `k` is
+# read apart, and the flag `pool_structured` is never set by the code that saves it.
+_IGNORED = re.compile(r"stem_1\.|encoder1_\d\.|backbone1\.(norm|head)\.|n_averaged$|(.*\.)?(k|pool_structured)$")
 _RENAMES: tuple[tuple[str, str], ...] = (
     (r"conv\.(\d)\.", r"adapter.\1."),
     (r"backbone1\.", "backbone."),
@@ -40,6 +44,8 @@ _RENAMES: tuple[tuple[str, str], ...] = (
     (r"out_head(\d)\.", r"heads.{\1-1}."),
 )
 _PROJECTIONS = {"theta": "query", "phi": "key", "g": "value", "o": "output"}
+# A forward pass of the released code is warm-up while its block's counter is at most this.
+_LAST_WARMUP_COUNT = 2000
 _BLOCK = re.compile(r"(?P<block>.*DMWLA_\d(\.\d)?)\.(?P<leaf>[a-z_]+)(\.weight)?$")
 
 
@@ -62,31 +68,40 @@ def _block_tensor(prefix: str, leaf: str, tensor: Tensor, banks: Mapping[str, in
             named[f"{prefix}momentum_key"] = weight.clone()
         return named
     if leaf == "concept_pool":
-        clusters = banks[prefix]
+        clusters = banks.get(prefix, 0)
+        if clusters == 0 or tensor.shape[1] % clusters:
+            raise ConfigError(
+                f"released checkpoint: got {tensor.shape[1]} columns of concept_pool for {clusters} prototypes in the "
+                f"block {prefix.removesuffix('.')}, expected a multiple"
+            )
         return {f"{prefix}bank.memory": tensor.T.reshape(clusters, -1, tensor.shape[0]).contiguous()}
     if leaf == "concept_proto":
         return {f"{prefix}bank.prototypes": tensor.T.contiguous()}
     if leaf == "warmup_iter_counter":
-        return {f"{prefix}bank._extra_state": tensor.reshape(()).to(torch.int64)}
+        count = float(tensor)  # half precision holds no count above 65504: an infinite one is past the warm-up
+        count = _LAST_WARMUP_COUNT + 1 if math.isinf(count) else math.ceil(count)
+        return {f"{prefix}bank._extra_state": torch.tensor(count, dtype=torch.int64)}
     raise ConfigError(f"released checkpoint: got the tensor {leaf!r} in a DMW-LA block, expected none of that name")
 
 
-def _read(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a checkpoint, without the prefix that data parallel training adds."""
+def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Tensor]:
+    """The named tensors of a checkpoint."""
     if isinstance(source, Mapping):
-        content: Any = source
-    else:
-        if not os.path.isfile(source):
-            raise ConfigError(f"{source}: no such file; expected a released checkpoint")
-        try:
-            content = torch.load(source, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ConfigError(f"{source}: cannot be read as a checkpoint of tensors alone: {error}") from error
-        for key in ("state_dict", "model"):
-            content = content.get(key, content) if isinstance(content, Mapping) else content
-        if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-            raise ConfigError(f"{source}: got a file without a state dict, expected names and tensors")
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+        return network_tensors(source, "released checkpoint")
+    return read_tensors(Path(source))
+
+
+def _check_axes(released: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that say how large the network is, or where it stands, in another form."""
+    for name, tensor in released.items():
+        leaf = "head" if name == "out_head1.weight" else name.rsplit(".", 1)[-1]
+        axes = {"head": 4, "concept_pool": 2, "concept_proto": 2}.get(leaf, tensor.dim())
+        single = leaf in ("k", "warmup_iter_counter")
+        if tensor.dim() != axes or (single and tensor.numel() != 1):
+            need = "one number" if single else f"{axes} axes"
+            raise ConfigError(f"released checkpoint: {name}: got shape {list(tensor.shape)}, expected {need}")
+        if single and (tensor.is_complex() or bool(tensor.isnan())):
+            raise ConfigError(f"released checkpoint: {name}: got {tensor.item()}, expected a count")
 
 
 def _config(released: Mapping[str, Tensor], variant: str, in_channels: int) -> ModelConfig:
@@ -101,7 +116,7 @@ def _config(released: Mapping[str, Tensor], variant: str, in_channels: int) -> M
         in_channels=in_channels,
         clusters=proto.shape[1],
         feature_dim=proto.shape[0],
-        slots=pool.shape[1] // proto.shape[1],
+        slots=pool.shape[1] // max(1, proto.shape[1]),
         decoder_clusters=decoder_proto.shape[1],
         decoder_feature_dim=decoder_proto.shape[0],
         variant=variant,
@@ -124,6 +139,7 @@ def read_released(
     if in_channels not in (1, 3):
         raise ConfigError(f"in_channels: got {in_channels}, expected 1 or 3, which the released network takes")
     released = _read(source)
+    _check_axes(released)
     config = _config(released, variant, in_channels)
     banks = {
         _translate(name).removesuffix("concept_proto"): tensor.shape[1]
@@ -142,26 +158,34 @@ def read_released(
             own = _translate(name)
             is_linear = re.match(r"encoder\.dsgim\.(query|key|value)\.weight$", own)
             state[own] = tensor.flatten(1) if is_linear else tensor
-    _settle_steps(released, state, config)
+    _settle_phases(state, config)
     state.update(_update_width(released, config))
     return config, state
 
 
-def _settle_steps(released: Mapping[str, Tensor], state: dict[str, Tensor], config: ModelConfig) -> None:
-    """Step counters on this package's scale: a structured bank is past warm-up, another one still in it."""
-    structured = any(bool(t.reshape(-1)[0]) for n, t in released.items() if n.endswith("pool_structured"))
-    for name, tensor in state.items():
-        if name.endswith("bank._extra_state"):
-            last = config.warmup_steps - 1
-            state[name] = tensor.clamp_min(config.warmup_steps) if structured else tensor.clamp_max(last)
+def _settle_phases(state: dict[str, Tensor], config: ModelConfig) -> None:
+    """Phase and step of every bank, from the forward passes that its block has counted.
+
+    The released code takes one step of warm-up after structuring, at count 2000. Here that step is the last one before
+    structuring: a bank at that count has one step of warm-up to go.
+    """
+    for name in [name for name in state if name.endswith("bank._extra_state")]:
+        count = state[name]
+        structured = int(count) > _LAST_WARMUP_COUNT
+        last = config.warmup_steps - 1
+        state[name] = count.clamp_min(config.warmup_steps) if structured else count.clamp(0, last)
+        state[name.replace("_extra_state", "structured")] = torch.tensor(float(structured))
 
 
 def _update_width(released: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """W-LD's state: the encoder's update width; the loss before it was never saved."""
-    start = max(1, config.slots // 2)
-    width = released.get("DMWLA_1.0.k", torch.tensor(start)).reshape(()).to(torch.int64)
+    """W-LD's state: the update width of the encoder's first block, since the decoder's blocks keep the start value.
+
+    The loss before it was never saved.
+    """
+    widths = [released[name] for name in sorted(released) if re.match(r"DMWLA_\d\.\d\.k$", name)]
+    width = widths[0] if widths else torch.tensor(max(1, config.slots // 2))
     return {
-        "wld.k": width.clamp(1, config.slots),
+        "wld.k": width.reshape(()).to(torch.int64).clamp(1, config.slots),
         "wld.previous": torch.tensor(0.0, dtype=torch.float64),
-        "wld.seen": torch.tensor(False),
+        "wld.seen": torch.tensor(0, dtype=torch.int64),
     }

@@ -27,8 +27,8 @@ from .wld import UpdateWidth
 class SimMPNet(nn.Module, PyTorchModelHubMixin):
     """The segmentation network.
 
-    A training step is: forward, loss, ``backward()``, `commit_memory`, optimiser step, and from the epoch the recipe
-    names ``wld.step(loss)``. Evaluation changes no state.
+    A training step is: forward, loss, ``backward()``, `commit_memory`, optimiser step; in the epoch the recipe names
+    also ``wld.remember(loss)``, and from the next one on ``wld.step(loss)``. Evaluation changes no state.
 
     Args:
         config: what the network is; the `synapse` preset by default.
@@ -71,10 +71,12 @@ class SimMPNet(nn.Module, PyTorchModelHubMixin):
             four tensors ``[B, classes, S1, S1]``, or ``[B, classes, S2 / s, S2 / s]`` at their own resolution.
 
         Raises:
-            TypeError, ValueError: an image of another shape or dtype.
+            TypeError, ValueError: an image of another shape or dtype, or nothing at all.
         """
         check_shape("image", image, "B C H W", C=self.config.in_channels)
         check_floating("image", image)
+        if 0 in image.shape:
+            raise ValueError(f"image: got shape {list(image.shape)}, expected at least one image of at least one pixel")
         decoded = self.decoder(self._skips(image))
         heads = [head(d) for head, d in zip(self.heads, decoded, strict=True)]
         if native_heads:
@@ -136,13 +138,13 @@ class SimMPNet(nn.Module, PyTorchModelHubMixin):
 
     @property
     def memory_step(self) -> int:
-        """Training steps committed so far."""
-        return next(self.memory_blocks()).bank.step
+        """Training steps committed so far, by the bank that has the fewest."""
+        return min(block.bank.step for block in self.memory_blocks())
 
     @property
     def memory_phase(self) -> str:
-        """``"warmup"`` while the banks are being filled, ``"structured"`` from then on; known without the device."""
-        return "warmup" if next(self.memory_blocks()).bank.warming else "structured"
+        """``"warmup"`` while some bank is being filled, ``"structured"`` from then on."""
+        return "warmup" if any(block.bank.warming for block in self.memory_blocks()) else "structured"
 
     @property
     def backend(self) -> str:
@@ -156,9 +158,15 @@ class SimMPNet(nn.Module, PyTorchModelHubMixin):
             if isinstance(module, (DMWLABlock, MemoryBank, DSGIM)):
                 module.backend = name
 
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freeze or thaw all parameters; the gate that nothing reads never asks for a gradient."""
+        super().requires_grad_(requires_grad)
+        self.decoder.channel_attention.requires_grad_(False)
+        return self
+
     def parameter_count(self) -> int:
-        """Trainable parameters; the backbone's classifier is not part of the network, memory banks are buffers."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+        """Parameters, frozen ones too; the backbone's classifier is not among them, memory banks are buffers."""
+        return sum(p.numel() for p in self.parameters())
 
     @classmethod
     def from_released(
@@ -174,7 +182,7 @@ class SimMPNet(nn.Module, PyTorchModelHubMixin):
         Sizes are read off the tensors; the working sizes are the released 256 and 224.
 
         Args:
-            source: path of the checkpoint (read with ``weights_only=True``), or its state dict.
+            source: path of the checkpoint (read with ``weights_only=True``), or what it holds.
             variant: "released" computes what the released code computes; "paper" what the paper defines.
             in_channels: 1 or 3; the released network takes both.
             backend: operator backend.
@@ -201,12 +209,46 @@ class SimMPNet(nn.Module, PyTorchModelHubMixin):
             download: `revision`, `token`, `cache_dir`, `force_download` or `local_files_only` of ``hf_hub_download``.
 
         Raises:
-            ConfigError: a file is missing or damaged, or its tensors do not fit its configuration.
+            ConfigError: no such folder or repository, a file is missing or damaged, or its tensors do not fit its
+                configuration.
         """
         config, state = pretrained.read(pretrained_model_name_or_path, download)
         model = cls(config, backend)
         pretrained.load_strict(model, state, str(pretrained_model_name_or_path))
         return model.eval()
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        config: object = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_options: Any,
+    ) -> str | None:
+        """Save configuration, weights and a model card in a folder, and push them to the Hugging Face Hub if asked.
+
+        Args:
+            save_directory: made if it is missing; other files in it stay, and so does a model card.
+            config: taken for the Hub's interface and not read: the network has its own.
+            repo_id: name of the repository on the Hub; that of the folder where it is None.
+            push_to_hub: whether to push.
+            model_card_kwargs: what the model card says.
+            push_options: of `push_to_hub`.
+
+        Returns:
+            The address of the commit on the Hub; None where nothing was pushed.
+
+        Raises:
+            ConfigError: the folder cannot be written; it is as it was before.
+        """
+        folder = Path(save_directory)
+        with pretrained.staged(folder) as stage:
+            super().save_pretrained(stage, model_card_kwargs=model_card_kwargs)
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **push_options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         pretrained.write(save_directory, self.config, self.state_dict())

@@ -16,7 +16,7 @@ def _cluster_slots(centroid: Tensor, members: Tensor, slots: int, generator: tor
         return centroid.expand(slots, -1)
     if count >= slots:
         return members[:slots]
-    repeats = torch.randint(count, (slots - count,), generator=generator)
+    repeats = torch.randint(count, (slots - count,), generator=generator, device=members.device)
     return torch.cat([members, members[repeats]])
 
 
@@ -43,10 +43,11 @@ def structure(memory: Tensor, generator: torch.Generator) -> tuple[Tensor, Tenso
     flat = memory.detach().cpu().reshape(-1, dim)
     if not bool(flat.isfinite().all()):
         raise ValueError("memory: got a value that is not finite after warm-up, expected finite slots to cluster")
+    points = flat.to(torch.promote_types(flat.dtype, torch.float32)).numpy()  # NumPy has no bfloat16
     with warnings.catch_warnings():
         # Fewer distinct slots than clusters leave clusters empty, which the layout below provides for.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        result = KMeans(n_clusters=clusters, random_state=0).fit(flat.numpy())
+        result = KMeans(n_clusters=clusters, random_state=0).fit(points)
     centroids = torch.from_numpy(result.cluster_centers_).to(flat.dtype)
     owner = torch.from_numpy(result.labels_).long()
     rows = [_cluster_slots(centroids[c], flat[owner == c], slots, generator) for c in range(clusters)]

@@ -15,7 +15,7 @@ class UpdateWidth(nn.Module):
     Attributes:
         k: 0-d int64, 1 to M; starts at ``max(1, M // 2)``.
         previous: 0-d float64, the loss remembered last.
-        seen: 0-d bool, whether a loss was remembered yet.
+        seen: 0-d int64, 1 once a loss was remembered, 0 before; a number, so that it can be averaged.
     """
 
     k: Tensor
@@ -28,7 +28,7 @@ class UpdateWidth(nn.Module):
         self.start = max(1, slots // 2)
         self.register_buffer("k", torch.tensor(self.start, dtype=torch.int64))
         self.register_buffer("previous", torch.tensor(0.0, dtype=torch.float64))
-        self.register_buffer("seen", torch.tensor(False))
+        self.register_buffer("seen", torch.tensor(0, dtype=torch.int64))
 
     @torch.no_grad()
     def step(self, loss: Tensor) -> None:
@@ -42,7 +42,14 @@ class UpdateWidth(nn.Module):
         proposed = (self.slots * (0.5 - 0.5 * (self.previous - loss))).trunc()
         inside = (proposed >= self.slots / 4) & (proposed <= 3 * self.slots / 4)
         wanted = torch.where(inside, proposed.clamp_min(1), self.start).to(torch.int64)
-        self.k.copy_(torch.where(finite & self.seen, wanted, self.k))
+        self.k.copy_(torch.where(finite & (self.seen > 0), wanted, self.k))
+        self.remember(loss)
+
+    @torch.no_grad()
+    def remember(self, loss: Tensor) -> None:
+        """Take one total loss (0-d, on the device) for the next `step` to compare with; a non-finite one is ignored."""
+        loss = loss.detach().to(torch.float64)
+        finite = loss.isfinite()
         # Through a view: compiled by PyTorch 2.11, a write into a 0-d float64 tensor of a CPU itself is lost.
         self.previous[...] = torch.where(finite, loss, self.previous)
-        self.seen.logical_or_(finite)
+        self.seen.copy_(torch.where(finite, 1, self.seen))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -152,10 +151,16 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], Metadata]:
         raise DataError(f"{path}: truncated or damaged checkpoint, no readable safetensors file ({error})") from None
     try:
         model = from_mapping(ModelConfig, json.loads(header["model"]), f"{path}: model")
-        classes = tuple(json.loads(header["classes"]))
-        return tensors, Metadata(model, classes, int(header["step"]), int(header["epoch"]), header["pair"])
+        classes = json.loads(header["classes"])
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise DataError(f"{path}: got {header['classes']!r:.200} in the header, expected the names of classes")
+        return tensors, Metadata(model, tuple(classes), int(header["step"]), int(header["epoch"]), header["pair"])
     except KeyError as error:
         raise DataError(f"{path}: got safetensors without {error} in the header, expected a checkpoint") from None
+    except (ConfigError, DataError):
+        raise
+    except ValueError as error:
+        raise DataError(f"{path}: got a header that is no checkpoint's ({error}), expected a checkpoint") from None
 
 
 def load_model(path: str | Path, backend: str = "auto") -> tuple[SimMPNet, Metadata]:
@@ -182,7 +187,9 @@ def _read_state(path: Path) -> tuple[str, TrainingState]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         return content.pop("pair"), TrainingState(**content)
-    except (RuntimeError, EOFError, OSError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged pickles raise whatever their reader stumbles over
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path}: truncated or damaged training state ({reason})") from None
 

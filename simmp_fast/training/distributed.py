@@ -123,7 +123,6 @@ def gradients_across(model: nn.Module, device: torch.device, ranks: Ranks) -> Ca
     averaged = DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
-        static_graph=True,  # the decoder's first channel attention is never read, and finding that anew would wait
         init_sync=False,  # `prepare_model` has done so, buffers included
     )
     # Banks and running statistics are equal by what they are computed from. The argument has two names by version.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from simmp_fast.config import Config, ConfigError, to_mapping
 from simmp_fast.data.cache import Cache
 from simmp_fast.data.errors import DataError
-from simmp_fast.data.loader import slice_loader
+from simmp_fast.data.loader import slice_loader, worker_errors
 from simmp_fast.evaluation.evaluate import case_dice
 from simmp_fast.model import SimMPNet
 from simmp_fast.model.pretrained import load_strict
@@ -31,12 +32,13 @@ from simmp_fast.training.checkpoint import (
     save_last,
     save_weights,
 )
+from simmp_fast.training.compiling import check_compiler, compile_errors
 from simmp_fast.training.distributed import check_ranks, join_ranks, prepare_model, share_random_state
 from simmp_fast.training.errors import TrainingError
 from simmp_fast.training.interrupt import StopRequest
 from simmp_fast.training.log import RunLog, SilentLog
 from simmp_fast.training.run_folder import RunFolder
-from simmp_fast.training.step import TrainStep, make_optimizer
+from simmp_fast.training.step import TrainStep, WidthChange, make_optimizer
 from simmp_fast.training.views import RunPictures
 
 
@@ -86,6 +88,8 @@ def train(
         config = ranks.first(lambda: config)
         if config.train.cuda_graph and place.type != "cuda":
             raise ConfigError(f"train.cuda_graph: got true on {place.type}, expected a CUDA device")
+        if config.train.compile:
+            check_compiler(place)
         check_data(config, cache)
         check_ranks(config, cache, ranks)
         with RunFolder(run, config, records, resume=resume, ranks=ranks) as folder:
@@ -95,7 +99,8 @@ def train(
 def _run(runner: Run) -> RunResult:
     with runner.log:
         try:
-            return runner.train()
+            with worker_errors():
+                return runner.train()
         except (TrainingError, DataError) as error:
             runner.log.say(str(error))
             raise
@@ -234,14 +239,15 @@ class Run:
         if self.batch == self.steps_per_epoch:
             return
         train = self.config.train
-        wld = self.epoch >= train.wld_from and train.wld_every == "step"
+        wld = self._width_from_steps()
         self.model.train()
         clock, counted = time.monotonic(), self.step
         states = rng.capture()
         batches = iter(self._loader(self.batch))
         rng.restore(states)  # a loader may draw a seed as it starts, which a resumed run would draw once more
         for images, labels in batches:
-            loss = self.take_step(images, labels, self.step, wld=wld)
+            with compile_errors(self.step) if train.compile else nullcontext():
+                loss = self.take_step(images, labels, self.step, wld=wld)
             self.step += 1
             self.batch += 1
             self.log.advance()
@@ -258,6 +264,13 @@ class Run:
                 return
             if overdue:
                 self._save_last()
+
+    def _width_from_steps(self) -> WidthChange:
+        """What W-LD makes of the losses of this epoch's steps: in its first epoch it only remembers them."""
+        train = self.config.train
+        if train.wld_every != "step" or self.epoch < train.wld_from:
+            return False
+        return "remember" if self.epoch == train.wld_from else True
 
     def _log_step(self, loss: Tensor, images_per_second: float) -> None:
         self.log.row(

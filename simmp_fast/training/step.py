@@ -6,16 +6,19 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from simmp_fast.config import TrainConfig
+from simmp_fast.model.memory import MemoryBank
 from simmp_fast.parallel.powerset_loss import powerset_loss
 from simmp_fast.ranks import ALONE, Ranks
 from simmp_fast.training.distributed import gradients_across
 from simmp_fast.training.replay import CudaRecorder, Recorder, Replays
+
+WidthChange = bool | Literal["remember"]
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,12 @@ class FiniteGuard:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (fused) over the trainable parameters (model definition, section 8)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    """AdamW (fused) over all parameters (model definition, section 8).
+
+    Those that ask for no gradient are never moved; they keep their number in saved states.
+    """
     return torch.optim.AdamW(
-        parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True, capturable=config.cuda_graph
+        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True, capturable=config.cuda_graph
     )
 
 
@@ -110,6 +115,7 @@ class TrainStep:
     ) -> None:
         self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.banks = [module for module in model.modules() if isinstance(module, MemoryBank)]
         self.guard = FiniteGuard(device)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         # With 1 in `found_inf` the fused optimiser leaves parameters and moments alone, decided on the device.
@@ -125,14 +131,14 @@ class TrainStep:
         self._number = torch.zeros((), dtype=torch.int64, device=device)
         self._batch: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, images: Tensor, labels: Tensor, step: int, *, wld: bool) -> Tensor:
+    def __call__(self, images: Tensor, labels: Tensor, step: int, *, wld: WidthChange) -> Tensor:
         """Take one step.
 
         Args:
             images: [B, C, S1, S1] float32, on any device; pinned memory is copied without waiting.
             labels: [B, S1, S1] int64.
             step: number of this step, counted from 0; what the guard remembers.
-            wld: let W-LD set the update width from this step's loss.
+            wld: whether W-LD sets the update width from this step's loss; "remember" lets it only remember that loss.
 
         Returns:
             The loss, 0-d float32 or wider, without gradient, on the device.
@@ -147,7 +153,8 @@ class TrainStep:
         if self.replays is None:
             loss = call()
         else:
-            loss = self.replays((images.shape, images.dtype, self.model.memory_phase, wld), call)
+            phases = tuple(bank.warming for bank in self.banks)
+            loss = self.replays((images.shape, images.dtype, phases, wld), call)
         self.model.advance_memory()
         return loss
 
@@ -177,7 +184,7 @@ class TrainStep:
                 ranks=self.ranks,
             )
 
-    def _on_device(self, images: Tensor, labels: Tensor, wld: bool) -> Tensor:
+    def _on_device(self, images: Tensor, labels: Tensor, wld: WidthChange) -> Tensor:
         """The step, but for what the host draws and counts; its arguments are all that the host decides."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(images, labels)
@@ -187,7 +194,9 @@ class TrainStep:
         keep = self.guard.check(loss, gradients, self._number)
         self.model.write_memory(keep)
         self.optimizer.step()
-        if wld:
+        if wld == "remember":
+            self.model.wld.remember(loss)
+        elif wld:
             self.model.wld.step(loss)
         self.loss_sum += loss
         return loss

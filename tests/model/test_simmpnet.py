@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,6 +83,12 @@ def test_wrong_input(tiny: ModelConfig) -> None:
     model = make(tiny)
     with pytest.raises(ValueError, match=r"image: got shape \[2, 3, 64, 64\], expected \[B, C=1, H, W\]"):
         model(torch.zeros(2, 3, 64, 64))
+    for shape in ([0, 1, 64, 64], [2, 1, 0, 64]):
+        message = f"image: got shape {shape}, expected at least one image"
+        for call in (model, model.segment, model.eval()):
+            with pytest.raises(ValueError, match=re.escape(message)):
+                call(torch.zeros(shape))
+        model.train()
     with pytest.raises(TypeError, match="image: got dtype torch.uint8"):
         model(torch.zeros(2, 1, 64, 64, dtype=torch.uint8))
     with pytest.raises(ValueError, match="backend: got 'cuda'"):
@@ -109,13 +116,17 @@ def test_evaluation_never_changes_the_state(tiny: ModelConfig) -> None:
     assert all(torch.equal(before[n], after[n]) for n in before)
 
 
-def test_every_parameter_but_the_unread_gate_is_trained(tiny: ModelConfig) -> None:
-    model = make(tiny)
-    for i in range(5):
+@pytest.mark.parametrize("changes", [{}, {"in_channels": 3, "variant": "released"}], ids=["plain", "released"])
+def test_every_parameter_but_the_unread_gate_is_trained(tiny: ModelConfig, changes: dict) -> None:
+    model = make(replace(tiny, warmup_steps=1, **changes))
+    unread = {"decoder.channel_attention.squeeze.weight", "decoder.channel_attention.expand.weight"}
+    model.requires_grad_(False).requires_grad_(True)  # frozen for a while
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == unread
+    for i, phase in enumerate(("warmup", "structured")):
         model.zero_grad()
+        assert model.memory_phase == phase
         step(model, i)
-    idle = {n for n, p in model.named_parameters() if p.grad is None}
-    assert idle == {"decoder.channel_attention.squeeze.weight", "decoder.channel_attention.expand.weight"}
+        assert {n for n, p in model.named_parameters() if p.grad is None} == unread
 
 
 def test_save_and_load(tiny: ModelConfig, tmp_path: Path) -> None:
@@ -200,3 +211,37 @@ def test_update_width_in_other_banks() -> None:
     one.step(torch.tensor(1.0))
     one.step(torch.tensor(1.0))
     assert one.k == 1
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["to_empty", "assign"])
+def test_a_network_made_on_the_meta_device_is_whole_once_loaded(tiny: ModelConfig, assign: bool) -> None:
+    source = make(tiny).eval()
+    with torch.device("meta"):
+        model = make(tiny, 1).eval()
+    if not assign:
+        model = model.to_empty(device="cpu")
+        for value in model.buffers():
+            value.zero_()
+    model.load_state_dict(source.state_dict(), assign=assign)
+    assert torch.equal(model(image(tiny))[3], source(image(tiny))[3])
+
+
+def test_torch_func_sees_through_the_whole_network(tiny: ModelConfig) -> None:
+    model = SimMPNet(tiny).eval()
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+    x = image(tiny)
+
+    def loss(own: dict[str, Tensor], pixels: Tensor) -> Tensor:
+        return torch.func.functional_call(model, own, (pixels,))[3].square().mean()
+
+    found = torch.func.grad(loss)(parameters, x)
+    loss(dict(model.named_parameters()), x).backward()
+    for name, value in model.named_parameters():
+        if value.grad is not None:
+            torch.testing.assert_close(found[name], value.grad, rtol=1e-4, atol=1e-6)
+    along = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    _, slope = torch.func.jvp(loss, (parameters, x), (along | {"heads.3.bias": torch.ones(tiny.classes)}, x * 0))
+    torch.testing.assert_close(slope, found["heads.3.bias"].sum(), rtol=1e-4, atol=1e-6)
+    each = torch.vmap(torch.func.grad(loss, argnums=1), in_dims=(None, 0))(parameters, x.unsqueeze(1))
+    assert each.shape == (2, 1, *x.shape[1:])
+    assert each.isfinite().all()

@@ -149,6 +149,37 @@ def test_missing_and_foreign_files(tmp_path):
         read_weights(tmp_path / "foreign.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model", "{", "a header that is no checkpoint's"),
+        ("model", "[]", "model: got"),
+        ("classes", "3", "got '3' in the header, expected the names of classes"),
+        ("classes", "abc", "a header that is no checkpoint's"),
+        ("step", "many", "a header that is no checkpoint's"),
+        ("epoch", "", "a header that is no checkpoint's"),
+    ],
+)
+def test_a_header_of_something_else_is_named(tmp_path, key, value, message):
+    from safetensors.torch import save_file
+
+    good = {"model": "{}", "classes": '["a"]', "step": "1", "epoch": "0", "pair": ""}
+    save_file({"a": torch.zeros(1)}, tmp_path / "last.safetensors", good)
+    assert read_weights(tmp_path / "last.safetensors")[1].classes == ("a",)
+    save_file({"a": torch.zeros(1)}, tmp_path / "last.safetensors", good | {key: value})
+    with pytest.raises((DataError, ConfigError), match=rf"last.safetensors: {message}|last.safetensors: got {message}"):
+        read_weights(tmp_path / "last.safetensors")
+
+
+@pytest.mark.parametrize("content", [bytes(range(7, 90)), b"\xff" * 7 + b"\x0f{}", (2).to_bytes(8, "little") + b"[]"])
+def test_damaged_contents_are_named(tmp_path, content):
+    save(tmp_path, 1)
+    for name in ("last.state.pt", "last.safetensors"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=rf"{name}: truncated or damaged"):
+            load_last(tmp_path) if name == "last.state.pt" else read_weights(tmp_path / name)
+
+
 def draw() -> tuple[float, float, float, float]:
     legacy = np.random  # the global generator
     return random.random(), legacy.normal(), legacy.uniform(), torch.rand(1).item()

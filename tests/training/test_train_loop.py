@@ -119,16 +119,32 @@ def test_running_statistics_go_on_after_validation(cache, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(("every", "kind", "name"), [("step", "train", "loss"), ("epoch", "epoch", "mean_loss")])
 def test_wld_starts_at_its_epoch(cache, tmp_path, monkeypatch, every, kind, name):
-    taken = []
-
-    def step(self, loss):
-        taken.append(float(loss))
-
-    monkeypatch.setattr(UpdateWidth, "step", step)
+    taken, remembered = [], []
+    monkeypatch.setattr(UpdateWidth, "step", lambda _, loss: taken.append(float(loss)))
+    monkeypatch.setattr(UpdateWidth, "remember", lambda _, loss: remembered.append(float(loss)))
     run = tmp_path / "run"
     train(tiny_config(wld_every=every, log_every=1), cache, run, device="cpu")
-    assert taken == [row[name] for row in kinds(run, kind) if row["epoch"] >= 1]
-    assert len(taken) == (2 * STEPS if every == "step" else 2)
+    if every == "step":  # the first of its epochs only remembers
+        assert remembered == [row[name] for row in kinds(run, kind) if row["epoch"] == 1]
+        assert taken == [row[name] for row in kinds(run, kind) if row["epoch"] == 2]
+        assert len(remembered) == len(taken) == STEPS
+    else:
+        assert taken == [row[name] for row in kinds(run, kind) if row["epoch"] >= 1]
+        assert len(taken) == 2
+        assert remembered == []
+
+
+def test_the_width_first_changes_in_the_epoch_after_wld_from(cache, tmp_path):
+    """With losses that differ by a number that sets the width, and the last of the epoch before to compare with."""
+    run = tmp_path / "run"
+    train(tiny_config(log_every=1, lr=1e-2), cache, run, device="cpu")
+    rows = kinds(run, "train")
+    assert {row["k"] for row in rows if row["epoch"] <= 1} == {4}
+    width, previous = 4, next(row["loss"] for row in reversed(rows) if row["epoch"] == 1)
+    for row in (row for row in rows if row["epoch"] == 2):
+        proposed = int(8 * (0.5 - 0.5 * (previous - row["loss"])))
+        width, previous = proposed if 2 <= proposed <= 6 else 4, row["loss"]
+        assert row["k"] == width
 
 
 def test_best_ignores_an_undefined_dice(cache, tmp_path, monkeypatch):

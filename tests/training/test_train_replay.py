@@ -12,7 +12,7 @@ import pytest
 import torch
 from tape import TapeRecorder
 from torch import Tensor
-from training_stubs import assert_equal_runs, make_cache, tiny_config
+from training_stubs import TinyModel, assert_equal_runs, make_cache, tiny_config
 
 from simmp_fast.config import Config, ConfigError
 from simmp_fast.model import SimMPNet
@@ -95,6 +95,27 @@ def test_channels_last_resumes_at_the_same_bits(tmp_path: Path):
     loop.train(first, cache, tmp_path / "run", device="cpu")
     loop.train(config, cache, tmp_path / "run", resume=True, device="cpu")
     assert_equal_runs(tmp_path / "run", tmp_path / "straight")
+
+
+def stub_steps(recorder: TapeRecorder | None) -> dict[str, Tensor]:
+    """The state after W-LD was off, remembered losses, and set the width, each for some steps."""
+    config = tiny_config(backend="portable")
+    torch.manual_seed(0)
+    model = TinyModel(config.model).train()
+    step = TrainStep(model, make_optimizer(model, config.train), config.train, CPU, recorder)
+    torch.manual_seed(1)  # the stub's dropout
+    for number in range(3 * (EAGER_CALLS + 2)):
+        images, labels = torch.rand(2, 1, 16, 16), torch.randint(3, (2, 16, 16))
+        step(images, labels, number, wld=(False, "remember", True)[number // (EAGER_CALLS + 2)])
+        assert model.wld.seen == (number >= EAGER_CALLS + 2)
+    return model.state_dict()
+
+
+def test_what_wld_does_with_a_loss_is_part_of_the_key():
+    recorder = TapeRecorder()
+    found = stub_steps(recorder)
+    assert (recorder.captures, recorder.replays) == (3, 6)
+    assert_equal(found, stub_steps(None))
 
 
 class Counter:

@@ -67,6 +67,18 @@ def test_the_masked_step_equals_a_plain_fused_step():
         torch.testing.assert_close(mine, theirs)
 
 
+def test_a_frozen_parameter_keeps_its_place_and_its_value():
+    model = TinyModel(CONFIG.model).train()
+    saved = make_optimizer(model, CONFIG.train).state_dict()
+    model.heads[1].requires_grad_(False)
+    optimizer = make_optimizer(model, CONFIG.train)
+    optimizer.load_state_dict(saved)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    TrainStep(model, optimizer, CONFIG.train, CPU)(*batch(0), 0, wld=False)
+    moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert moved == [parameter.requires_grad for parameter in model.parameters()]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_bad_loss_freezes_parameters_moments_and_memory(value):
     step = make_step()
@@ -131,6 +143,10 @@ def test_wld_only_when_asked():
     step = make_step()
     step(*batch(0), 0, wld=False)
     assert not bool(step.model.wld.seen)
+    first = step(*batch(2), 2, wld="remember")
+    assert bool(step.model.wld.seen)
+    assert float(step.model.wld.previous) == float(first)
+    assert step.model.wld.k == step.model.wld.start
     loss = step(*batch(1), 1, wld=True)
     assert bool(step.model.wld.seen)
     assert float(step.model.wld.previous) == float(loss)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 NOT_UTF8 = "its name is not UTF-8, expected one that is: rename it"
-_LISTED = 8
+_LISTED, _REPORTED = 8, 20
 
 
 def nfc(text: str) -> str:
@@ -36,3 +36,10 @@ def listed(names: Iterable[str]) -> str:
     """The first few of `names`, and how many there are if there are more."""
     every = list(names)
     return ", ".join(every[:_LISTED]) + (f", ... ({len(every)} names)" if len(every) > _LISTED else "")
+
+
+def report(heading: str, names: Sequence[str]) -> str:
+    """`heading`, and under it the first of many names, one a line, printable, and how many more there are."""
+    lines = [f"  {name}" for name in names[:_REPORTED]]
+    more = [f"  ... and {len(names) - len(lines)} more"] if len(names) > len(lines) else []
+    return printable("\n".join([heading, *lines, *more]))

@@ -18,13 +18,11 @@ from simmp_fast.data.cache import Cache, CacheWriter, is_cache
 from simmp_fast.data.errors import DataError, refuse_other_than_utf8
 from simmp_fast.data.files import atomic_folder, disk_errors
 from simmp_fast.data.formats import Array, Volume
-from simmp_fast.data.names import printable
+from simmp_fast.data.names import report
 from simmp_fast.data.preprocess import Recipe, network_input, normalised_slices, resize_label, to_slices
 from simmp_fast.data.sources import Source, SourceCase
 
 T = TypeVar("T")
-
-_LEFT_OUT_SHOWN = 20
 
 
 def prepare(
@@ -126,9 +124,7 @@ def _enough_memory(case: SourceCase) -> Iterator[None]:
 def _say_left_out(source: Source) -> None:
     lines: Sequence[str] = getattr(source, "left_out", ())  # a source made up in memory has no files to leave out
     if lines:
-        shown = [f"  {printable(line)}" for line in lines[:_LEFT_OUT_SHOWN]]
-        more = [f"  ... and {len(lines) - len(shown)} more"] if len(lines) > len(shown) else []
-        print("\n".join([f"data set {source.name!r}, left out: {len(lines)}", *shown, *more]), file=sys.stderr)
+        print(report(f"data set {source.name!r}, left out: {len(lines)}", lines), file=sys.stderr)
 
 
 def _content(array: Array) -> bytes:

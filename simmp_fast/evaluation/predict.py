@@ -18,7 +18,7 @@ from tqdm import tqdm
 from simmp_fast.data.errors import DataError, reading
 from simmp_fast.data.files import disk_errors
 from simmp_fast.data.formats import NIFTI, PICTURES, Volume, extension, read_image, stem
-from simmp_fast.data.names import printable
+from simmp_fast.data.names import report
 from simmp_fast.data.preprocess import Geometry, Recipe, from_slices, network_input, resize_label, to_slices
 from simmp_fast.evaluation.inference import check_network, memory_shortage, segment, segment_probabilities
 from simmp_fast.evaluation.label_files import write_label_map, write_probabilities
@@ -26,7 +26,6 @@ from simmp_fast.evaluation.report import check_folder
 from simmp_fast.pictures import Sample, save_overlays
 
 OVERLAY_SLICES = 4
-_LEFT_OUT_SHOWN = 20
 
 T = TypeVar("T")
 
@@ -215,12 +214,10 @@ def _folder_jobs(source: Path, target: Path) -> list[_Job]:
 
 
 def _say_left_out(source: Path, paths: list[Path]) -> None:
-    if not paths:
-        return
-    shown = [f"  {path.name}" + (": a folder" if path.is_dir() else "") for path in paths[:_LEFT_OUT_SHOWN]]
-    more = [f"  ... and {len(paths) - len(shown)} more"] if len(paths) > len(shown) else []
-    heading = f"{source}, left out: {len(paths)}, expected files of kind {', '.join(NIFTI + PICTURES)}"
-    print(printable("\n".join([heading, *shown, *more])), file=sys.stderr)
+    if paths:
+        names = [f"{path.name}: a folder" if path.is_dir() else path.name for path in paths]
+        heading = f"{source}, left out: {len(paths)}, expected files of kind {', '.join(NIFTI + PICTURES)}"
+        print(report(heading, names), file=sys.stderr)
 
 
 def _clashes(jobs: list[_Job]) -> Iterator[str]:

@@ -139,6 +139,8 @@ def _refuse_existing(out: Path, force: bool) -> None:
         return
     if not out.is_dir():
         raise DataError(f"{out}: is a file, expected a folder to write")
+    if out.samefile(os.curdir):
+        raise DataError(f"{out}: is the current folder, expected another one: it would be replaced as a whole")
     if is_cache(out):
         if not force:
             raise DataError(f"{out}: already holds a prepared cache; use force to replace it")

@@ -177,6 +177,15 @@ def test_what_is_there_is_replaced_only_if_it_is_a_cache(volumes, tmp_path, name
     assert names(tmp_path) == ["out", "set"]
 
 
+def test_the_current_folder_is_not_replaced(volumes, tmp_path, names, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (".", tmp_path / "here"):
+        with pytest.raises(DataError, match="is the current folder, expected another one"):
+            prepare(volumes, out)
+    assert prepare(volumes, "new").folder.resolve() == tmp_path / "here" / "new"
+
+
 def test_places_that_cannot_be_written_are_named_before_anything_is_read(volumes, tmp_path, monkeypatch):
     def read_nothing(*_):
         raise AssertionError

@@ -19,8 +19,8 @@ AFFINE = np.array([[0.8, 0, 0, -10], [0, 0.7, 0, 20], [0, 0, 3, 5], [0, 0, 0, 1]
 TEST_DEPTH = 3
 
 
-def write_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """An npz or HDF5 file."""
+def write_arrays(path: Path, **arrays: np.ndarray) -> Path:
+    """An npz or HDF5 file; returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npz":
         np.savez(path, **arrays)
@@ -28,6 +28,7 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
         with h5py.File(path, "w") as file:
             for name, array in arrays.items():
                 file[name] = array
+    return path
 
 
 def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray = AFFINE) -> None:

@@ -15,9 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from simmp_fast.data.cache import Cache, CacheWriter, is_cache
-from simmp_fast.data.errors import DataError, refuse_other_than_utf8
+from simmp_fast.data.errors import DataError, reading, refuse_other_than_utf8
 from simmp_fast.data.files import atomic_folder, disk_errors
-from simmp_fast.data.formats import Array, Volume
+from simmp_fast.data.formats import Array
 from simmp_fast.data.names import report
 from simmp_fast.data.preprocess import Recipe, network_input, normalised_slices, resize_label, to_slices
 from simmp_fast.data.sources import Source, SourceCase
@@ -79,8 +79,8 @@ def check(source: Source, recipe: Recipe, progress: bool = True) -> dict[str, tu
     found = {}
     for case in _bar(source.cases, "checking", progress):
         try:
-            with _enough_memory(case):
-                image, _ = _load(case)
+            with _enough_memory(case), reading(case.source):
+                image, _ = case.load()
                 slices, _ = normalised_slices(image, recipe)
                 content = _content(image.array)
         except DataError as error:
@@ -97,18 +97,12 @@ def check(source: Source, recipe: Recipe, progress: bool = True) -> dict[str, tu
 
 def _write(case: SourceCase, recipe: Recipe, writer: CacheWriter) -> None:
     with _enough_memory(case):
-        image, label = _load(case)
+        with reading(case.source):
+            image, label = case.load()
         images, placed = network_input(image, recipe)
         native = to_slices(label, placed)
         small = resize_label(native, (recipe.image_size, recipe.image_size))
         writer.add(case.id, case.source, images, small, native, placed)
-
-
-def _load(case: SourceCase) -> tuple[Volume, Array]:
-    try:
-        return case.load()
-    except OSError as error:
-        raise DataError(f"{case.source}: cannot be read ({error.strerror or error})") from error
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import itertools
 import h5py
 import numpy as np
 import pytest
+from published_sets import write_arrays
 
 from simmp_fast.data.errors import DataError
 from simmp_fast.data.formats import read_image, read_label
@@ -16,17 +17,6 @@ GREY = RNG.random((6, 7)).astype(np.float32)
 STACK = RNG.random((4, 6, 7)).astype(np.float32)
 COLOUR = RNG.random((6, 7, 3)).astype(np.float32)
 COLOURS = RNG.random((4, 6, 7, 3)).astype(np.float32)
-
-
-def save(path, **arrays):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".npz":
-        np.savez(path, **arrays)
-    else:
-        with h5py.File(path, "w") as file:
-            for name, array in arrays.items():
-                file[name] = array
-    return path
 
 
 @pytest.mark.parametrize(
@@ -48,7 +38,7 @@ def save(path, **arrays):
 )
 def test_axes_of_1(tmp_path, stored, expected, colour):
     for name in ("a.npz", "a.h5"):
-        path = save(tmp_path / name, image=stored, label=(stored > 0.5).astype(np.uint8))
+        path = write_arrays(tmp_path / name, image=stored, label=(stored > 0.5).astype(np.uint8))
         image = read_image(path)
         assert np.array_equal(image.array, expected)
         assert image.colour == colour
@@ -60,7 +50,7 @@ def test_axes_of_1(tmp_path, stored, expected, colour):
 def test_image_and_label_fit_whatever_axes_of_1_they_have(tmp_path, image):
     for front, behind in itertools.product((0, 1, 2), (0, 1)):
         label = (GREY > 0.5).astype(np.uint8).reshape((1,) * front + GREY.shape + (1,) * behind)
-        path = save(tmp_path / "a.npz", image=image, label=label)
+        path = write_arrays(tmp_path / "a.npz", image=image, label=label)
         loaded = read_image(path)
         labels = checked_label(loaded, read_label(path), ("no", "yes"), None, "axial")
         assert labels.shape == loaded.shape
@@ -69,11 +59,11 @@ def test_image_and_label_fit_whatever_axes_of_1_they_have(tmp_path, image):
 
 def test_prepared_slices_and_volumes_with_axes_of_1(tmp_path):
     label = (GREY > 0.5).astype(np.uint8)
-    files = {i: save(tmp_path / f"{i}.npz", image=GREY[None] + i, label=label[..., None]) for i in range(2)}
+    files = {i: write_arrays(tmp_path / f"{i}.npz", image=GREY[None] + i, label=label[..., None]) for i in range(2)}
     image, labels = stack_case("a", files, tmp_path, ("no", "yes"), []).load()
     assert np.array_equal(image.array, [GREY, GREY + 1])
     assert np.array_equal(labels, [label, label])
-    one = {None: save(tmp_path / "one.h5", image=GREY[None], label=label[None])}
+    one = {None: write_arrays(tmp_path / "one.h5", image=GREY[None], label=label[None])}
     image, labels = stack_case("b", one, tmp_path, ("no", "yes"), []).load()
     assert image.shape == labels.shape == (1, 6, 7)
 
@@ -94,15 +84,15 @@ def test_prepared_slices_and_volumes_with_axes_of_1(tmp_path):
 )
 def test_what_is_no_image(tmp_path, name, array, message):
     with pytest.raises(DataError, match=rf"{name}: {message}"):
-        read_image(save(tmp_path / name, image=array))
+        read_image(write_arrays(tmp_path / name, image=array))
 
 
 def test_npz_alone(tmp_path):
     for array in (np.array([["2020-01-01", "2021-01-01"]], "M8[D]"), np.array([["a", "b"]])):
         with pytest.raises(DataError, match=r"a\.npz: got values of type .*, expected numbers"):
-            read_image(save(tmp_path / "a.npz", image=array))
+            read_image(write_arrays(tmp_path / "a.npz", image=array))
     with pytest.raises(DataError, match=r"a\.npz: got Python objects as 'image', expected numbers"):
-        read_image(save(tmp_path / "a.npz", image=np.array([[{}, 1]], object)))
+        read_image(write_arrays(tmp_path / "a.npz", image=np.array([[{}, 1]], object)))
     with open(tmp_path / "bare.npz", "wb") as file:
         np.save(file, GREY)
     with pytest.raises(DataError, match=r"bare\.npz: got one array without a name \(npy\), expected an npz file"):
@@ -120,7 +110,7 @@ def test_hdf5_alone(tmp_path):
         ("scale_factor", 0.5, r"got a packed array 'image' \(scale_factor\)"),
         ("add_offset", [3.0], r"got a packed array 'image' \(add_offset\)"),
     ]:
-        save(tmp_path / "a.h5", image=GREY)
+        write_arrays(tmp_path / "a.h5", image=GREY)
         with h5py.File(tmp_path / "a.h5", "a") as file:
             file["image"].attrs[key] = value
         with pytest.raises(DataError, match=rf"a\.h5: {message}"):
@@ -132,7 +122,7 @@ def test_hdf5_alone(tmp_path):
 
 def test_hdf5_values_that_are_not_in_the_file(tmp_path):
     """HDF5 itself makes up values of chunks that were never written, and of other files that are gone."""
-    save(tmp_path / "gone.h5", image=GREY)
+    write_arrays(tmp_path / "gone.h5", image=GREY)
     layout = h5py.VirtualLayout((2, 6, 7), "f4")
     for i, name in enumerate(["gone.h5", "never.h5"]):
         layout[i] = h5py.VirtualSource(tmp_path / name, "image", (6, 7))
@@ -164,7 +154,7 @@ def test_hdf5_storage(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.npz", "a.h5"])
 def test_booleans_are_0_and_1(tmp_path, name):
-    path = save(tmp_path / name, image=GREY > 0.5, label=GREY > 0.7)
+    path = write_arrays(tmp_path / name, image=GREY > 0.5, label=GREY > 0.7)
     assert read_image(path).array.dtype == np.uint8
     assert np.array_equal(read_image(path).array, GREY > 0.5)
     assert np.array_equal(read_label(path).array, GREY > 0.7)

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simmp_fast.data.files import atomic_file, disk_errors
+from simmp_fast.data.errors import disk_errors
 from simmp_fast.data.names import printable
+from simmp_fast.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

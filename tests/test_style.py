@@ -43,10 +43,10 @@ ARROWS = {
     "portable": {"ranks", "validation"},
     "kernels": {"limits", "validation", "ops"},
     "parallel": {"ops", "portable", "ranks", "validation"},
-    "model": {"config", "ops", "parallel", "ranks", "validation"},
-    "data": {"config"},
-    "evaluation": {"config", "data", "model", "pictures", "validation"},
-    "training": {"config", "data", "evaluation", "model", "ops", "parallel", "pictures", "ranks"},
+    "model": {"config", "files", "ops", "parallel", "ranks", "validation"},
+    "data": {"config", "files"},
+    "evaluation": {"config", "data", "files", "model", "pictures", "validation"},
+    "training": {"config", "data", "evaluation", "files", "model", "ops", "parallel", "pictures", "ranks"},
 }
 
 

@@ -28,7 +28,7 @@ def register(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Convert and say what came out."""
-    from simmp_fast.data.files import disk_errors
+    from simmp_fast.data.errors import disk_errors
     from simmp_fast.model import SimMPNet
 
     with disk_errors(arguments.out):

@@ -45,9 +45,9 @@ def register(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, write CSV and JSON, print the table."""
     from simmp_fast.data import Cache
-    from simmp_fast.data.files import sha256
     from simmp_fast.evaluation.evaluate import evaluate
     from simmp_fast.evaluation.report import check_folder, check_results
+    from simmp_fast.files import sha256
 
     device = choose_device(arguments.device)
     cache = Cache.open(arguments.data)

@@ -22,10 +22,10 @@ import numpy as np
 
 from simmp_fast.config import ConfigError, from_mapping, to_mapping
 from simmp_fast.data.errors import DataError
-from simmp_fast.data.files import HashingWriter, sha256, write_json
 from simmp_fast.data.formats import Array
 from simmp_fast.data.names import nfc
 from simmp_fast.data.preprocess import Geometry, Recipe
+from simmp_fast.files import HashingWriter, sha256, write_json
 
 FORMAT, VERSION = "simmp_fast cache", 1
 MANIFEST, IMAGES, LABELS, NATIVE = "manifest.json", "images.npy", "labels.npy", "native_labels.bin"

@@ -18,11 +18,11 @@ import numpy as np
 from PIL import Image
 
 from simmp_fast.data.cache import Cache
-from simmp_fast.data.errors import DataError
-from simmp_fast.data.files import atomic_file, disk_errors
+from simmp_fast.data.errors import DataError, disk_errors
 from simmp_fast.data.formats import Array, Volume, read_image, write_nifti
 from simmp_fast.data.preprocess import Intensity, Recipe
 from simmp_fast.data.sources import SourceCase
+from simmp_fast.files import atomic_file
 
 CLASSES = ("background", "other", "grey matter", "white matter")
 

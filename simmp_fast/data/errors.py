@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from simmp_fast.data.names import NOT_UTF8, is_utf8, printable
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class DataError(ValueError):
@@ -31,7 +34,21 @@ def reading(path: str | Path) -> Iterator[None]:
         raise DataError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from error
 
 
+@contextlib.contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """Turn an `OSError` of the block, such as a full disk, into a `DataError` that names `path`, what was written."""
+    try:
+        yield
+    except OSError as error:
+        reason = "the disk is full" if error.errno in _FULL else f"cannot be written ({error.strerror or error})"
+        raise DataError(f"{path}: {reason}; nothing was left behind") from error
+
+
 def refuse_other_than_utf8(path: str | Path) -> None:
     """Raise `DataError` if a name in `path` is not UTF-8."""
     if not is_utf8(path):
         raise DataError(f"{path}: {NOT_UTF8}")
+
+
+class Note(UserWarning):
+    """What is worth knowing of a file that can be used all the same; the command line shows it as a line."""

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from simmp_fast.data.errors import DataError
-from simmp_fast.data.files import atomic_file, disk_errors
+from simmp_fast.data.errors import DataError, disk_errors
 from simmp_fast.data.volume import Array, Volume, library
+from simmp_fast.files import atomic_file
 
 _NIFTI2 = (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")  # the header's own size, 540
 _MILLIMETRES = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # unknown, metres, millimetres, microns

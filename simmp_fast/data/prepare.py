@@ -15,12 +15,12 @@ import numpy as np
 from tqdm import tqdm
 
 from simmp_fast.data.cache import Cache, CacheWriter, is_cache
-from simmp_fast.data.errors import DataError, reading, refuse_other_than_utf8
-from simmp_fast.data.files import atomic_folder, disk_errors
+from simmp_fast.data.errors import DataError, disk_errors, reading, refuse_other_than_utf8
 from simmp_fast.data.formats import Array
 from simmp_fast.data.names import report
 from simmp_fast.data.preprocess import Recipe, network_input, normalised_slices, resize_label, to_slices
 from simmp_fast.data.sources import Source, SourceCase
+from simmp_fast.files import atomic_folder
 
 T = TypeVar("T")
 

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from simmp_fast.data.errors import reading
-from simmp_fast.data.files import atomic_file, disk_errors
+from simmp_fast.data.errors import disk_errors, reading
+from simmp_fast.files import atomic_file
 
 
 def write_label_map(path: Path, labels: NDArray[np.uint8], source: Path) -> None:

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
-from simmp_fast.data.errors import DataError, reading
-from simmp_fast.data.files import disk_errors
+from simmp_fast.data.errors import DataError, disk_errors, reading
 from simmp_fast.data.formats import NIFTI, PICTURES, Volume, extension, read_image, stem
 from simmp_fast.data.names import report
 from simmp_fast.data.preprocess import Geometry, Recipe, from_slices, network_input, resize_label, to_slices

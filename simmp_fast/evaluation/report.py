@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simmp_fast.config import ConfigError, read_json
-from simmp_fast.data.errors import DataError
-from simmp_fast.data.files import atomic_file, disk_errors, write_json
+from simmp_fast.data.errors import DataError, disk_errors
 from simmp_fast.evaluation.metrics import METRICS, Measurement
 from simmp_fast.evaluation.protocols import Protocol
+from simmp_fast.files import atomic_file, write_json
 
 if TYPE_CHECKING:
     from simmp_fast.data.cache import Cache

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from simmp_fast.config import Config, ConfigError, ModelConfig, from_mapping, to_mapping
 from simmp_fast.data.errors import DataError
-from simmp_fast.data.files import atomic_file
+from simmp_fast.files import atomic_file
 from simmp_fast.model import SimMPNet
 from simmp_fast.model.pretrained import load_strict
 from simmp_fast.training.errors import TrainingError

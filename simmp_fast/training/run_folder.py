@@ -36,7 +36,8 @@ import torch
 import yaml
 
 from simmp_fast.config import Config, ConfigError, from_mapping, read_json, read_yaml, to_mapping
-from simmp_fast.data.files import atomic_file, disk_errors, write_json
+from simmp_fast.data.errors import disk_errors
+from simmp_fast.files import atomic_file, write_json
 from simmp_fast.ranks import ALONE, Ranks
 
 # Settings that change neither the weights nor the meaning of the rows already written, so a resumed run may differ.

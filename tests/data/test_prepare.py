@@ -16,9 +16,9 @@ from simmp_fast.data import open_source
 from simmp_fast.data import prepare as prepare_function
 from simmp_fast.data.cache import Cache
 from simmp_fast.data.errors import DataError
-from simmp_fast.data.files import HashingWriter
 from simmp_fast.data.formats import read_label
 from simmp_fast.data.preprocess import from_slices, network_input, resize_label
+from simmp_fast.files import HashingWriter
 
 RNG = np.random.default_rng(0)
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from simmp_fast.data import files
+from simmp_fast import files
 from simmp_fast.data.errors import DataError
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -14,10 +13,6 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from simmp_fast.data.errors import DataError
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _end(path: Path) -> str:
@@ -132,16 +127,6 @@ def _take_place(new: Path, path: Path) -> None:
         os.rename(old, path)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def disk_errors(path: str | Path) -> Iterator[None]:
-    """Turn an `OSError` of the block, such as a full disk, into a `DataError` that names `path`, what was written."""
-    try:
-        yield
-    except OSError as error:
-        reason = "the disk is full" if error.errno in _FULL else f"cannot be written ({error.strerror or error})"
-        raise DataError(f"{path}: {reason}; nothing was left behind") from error
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PINS   ?=
 STRETCH ?= 1
 
-.PHONY: help setup demo test rehearse lint format clean
+.PHONY: help setup demo test faults rehearse lint format clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -26,6 +26,9 @@ demo: setup ## prepare, train, evaluate and predict on a real MRI template; pict
 test: setup ## run all tests
 	$(BIN)/python -m pytest -m 'not alone' -n auto --maxprocesses 12 --dist worksteal
 	$(BIN)/python -m pytest -m alone || [ $$? -eq 5 ]  # 5: there are none, where Triton is missing
+
+faults: setup ## docs/reliability.md: kill, interrupt and fail the program at every call that touches a file; hours
+	$(BIN)/python tests/faults
 
 rehearse: setup ## docs/lease.md without a GPU: compile for it, run all calls, cut them and go on
 	$(BIN)/python -m bench.warm make rehearsal/warm.tar.xz --cache rehearsal/cache

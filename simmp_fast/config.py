@@ -14,7 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from simmp_fast.documents import ConfigError, parse_json, parse_yaml, shown
+from simmp_fast.bounds import (
+    MAX_DEPTH,
+    MODEL_LIMITS,
+    TRAIN_LIMITS,
+    require,
+    require_finite,
+    require_limits,
+    require_memory,
+)
+from simmp_fast.documents import MAX_JSON, MAX_YAML, ConfigError, parse_json, parse_yaml
+from simmp_fast.messages import one_line, shown, why_no_file
 
 T = TypeVar("T")
 
@@ -23,17 +33,7 @@ PRECISIONS = ("float32", "bfloat16")
 
 
 SEEDS = 2**64  # what PyTorch's generators take
-
-
-def _require(condition: bool, key: str, got: object, need: str) -> None:
-    if not condition:
-        raise ConfigError(f"{key}: got {shown(got)}, expected {need}")
-
-
-def _require_finite(section: str, config: object) -> None:
-    """Refuse infinities and NaN in any field: comparisons with a bound let some of them pass."""
-    for key, value in vars(config).items():
-        _require(not isinstance(value, float) or math.isfinite(value), f"{section}.{key}", value, "a finite number")
+_OVERRIDE_DEPTH = 8  # parts of a key: more than any configuration has
 
 
 def fitting_windows(height: int, width: int) -> list[int]:
@@ -84,20 +84,26 @@ class ModelConfig:
     variant: str = "paper"
 
     def __post_init__(self) -> None:
-        _require_finite("model", self)
+        require_finite("model", self)
         for key in ("classes", "image_size", "dmwla_size", "in_channels", "clusters", "feature_dim"):
-            _require(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "at least 1")
+            require(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "at least 1")
         for key in ("decoder_clusters", "decoder_feature_dim", "slots", "warmup_steps"):
-            _require(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "at least 1")
-        _require(self.classes >= 2, "model.classes", self.classes, "at least 2 (background and one more)")
-        _require(self.image_size % 32 == 0, "model.image_size", self.image_size, "a multiple of 32")
-        _require(self.dmwla_size % 32 == 0, "model.dmwla_size", self.dmwla_size, "a multiple of 32")
-        _require(len(self.depths) == 4 and min(self.depths) >= 1, "model.depths", self.depths, "four numbers >= 1")
-        _require(0 < self.update_rate <= 1, "model.update_rate", self.update_rate, "a number in (0, 1]")
-        _require(0 <= self.key_momentum <= 1, "model.key_momentum", self.key_momentum, "a number in [0, 1]")
-        _require(abs(self.memory_seed) < SEEDS, "model.memory_seed", self.memory_seed, "a number below 2^64")
-        _require(self.variant in ("paper", "released"), "model.variant", self.variant, "'paper' or 'released'")
+            require(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "at least 1")
+        require(self.classes >= 2, "model.classes", self.classes, "at least 2 (background and one more)")
+        require(self.image_size % 32 == 0, "model.image_size", self.image_size, "a multiple of 32")
+        require(self.dmwla_size % 32 == 0, "model.dmwla_size", self.dmwla_size, "a multiple of 32")
+        require(len(self.depths) == 4 and min(self.depths) >= 1, "model.depths", self.depths, "four numbers >= 1")
+        require(max(self.depths) <= MAX_DEPTH, "model.depths", self.depths, f"at most {MAX_DEPTH} in a stage")
+        require_limits("model", self, MODEL_LIMITS)
+        require(0 < self.update_rate <= 1, "model.update_rate", self.update_rate, "a number in (0, 1]")
+        require(0 <= self.key_momentum <= 1, "model.key_momentum", self.key_momentum, "a number in [0, 1]")
+        require(abs(self.memory_seed) < SEEDS, "model.memory_seed", self.memory_seed, "a number below 2^64")
+        require(self.variant in ("paper", "released"), "model.variant", self.variant, "'paper' or 'released'")
         self.resolved_window()
+        encoder = sum(self.depths) * self.clusters * self.feature_dim
+        decoder = 4 * self.decoder_clusters * self.decoder_feature_dim
+        banks = "model.depths x clusters x slots x feature_dim, and the decoder's four: memory banks"
+        require_memory(banks, 4 * self.slots * (encoder + decoder))
 
     def resolved_window(self) -> int:
         """The DS-GIM window in tokens: as set, or the largest that fits the third stage's grid."""
@@ -111,7 +117,7 @@ class ModelConfig:
         if self.window is None:
             return max(fits)
         listed = ", ".join(map(str, fits))
-        _require(self.window in fits, "model.window", self.window, f"one of {listed} for a grid of {grid}x{grid}")
+        require(self.window in fits, "model.window", self.window, f"one of {listed} for a grid of {grid}x{grid}")
         return self.window
 
 
@@ -143,6 +149,7 @@ class TrainConfig:
         log_every: steps between two lines of metrics; on a GPU also between two looks at the loss.
         checkpoint_minutes: minutes between two checkpoints inside a long epoch.
         overlays: validation slices drawn into the run folder.
+        rank_timeout_minutes: how long several processes wait for one another before they give up.
     """
 
     epochs: int = 300
@@ -168,23 +175,26 @@ class TrainConfig:
     log_every: int = 10
     checkpoint_minutes: float = 10.0
     overlays: int = 4
+    rank_timeout_minutes: float = 30.0
 
     def __post_init__(self) -> None:
-        _require_finite("train", self)
+        require_finite("train", self)
         for key in ("epochs", "batch_size", "validate_every", "log_every"):
-            _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
+            require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
         for key in ("validate_from", "keep_every", "wld_from", "workers", "overlays", "weight_decay", "seed"):
-            _require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "at least 0")
-        _require(self.seed < SEEDS, "train.seed", self.seed, "a number below 2^64")
+            require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "at least 0")
+        require(self.seed < SEEDS, "train.seed", self.seed, "a number below 2^64")
+        require_limits("train", self, TRAIN_LIMITS)
         for key in ("ce_weight", "dice_weight"):
-            _require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "at least 0")
+            require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "at least 0")
         total = self.ce_weight + self.dice_weight
-        _require(total > 0, "train.ce_weight + train.dice_weight", total, "a number above 0")
-        _require(self.lr > 0, "train.lr", self.lr, "a number above 0")
-        _require(self.checkpoint_minutes > 0, "train.checkpoint_minutes", self.checkpoint_minutes, "a number above 0")
-        _require(self.wld_every in ("step", "epoch"), "train.wld_every", self.wld_every, "'step' or 'epoch'")
-        _require(self.precision in PRECISIONS, "train.precision", self.precision, "float32 or bfloat16")
-        _require(self.backend in BACKENDS, "train.backend", self.backend, "one of " + ", ".join(BACKENDS))
+        require(total > 0, "train.ce_weight + train.dice_weight", total, "a number above 0")
+        require(self.lr > 0, "train.lr", self.lr, "a number above 0")
+        for key in ("checkpoint_minutes", "rank_timeout_minutes"):
+            require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "a number above 0")
+        require(self.wld_every in ("step", "epoch"), "train.wld_every", self.wld_every, "'step' or 'epoch'")
+        require(self.precision in PRECISIONS, "train.precision", self.precision, "float32 or bfloat16")
+        require(self.backend in BACKENDS, "train.backend", self.backend, "one of " + ", ".join(BACKENDS))
 
 
 @dataclass(frozen=True)
@@ -193,6 +203,10 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        pixels = self.train.batch_size * self.model.in_channels * self.model.image_size**2
+        require_memory("train.batch_size x model.in_channels x model.image_size^2: images of a batch", 4 * pixels)
 
 
 PRESETS: dict[str, Config] = {
@@ -221,7 +235,7 @@ PRESETS: dict[str, Config] = {
 
 def preset(name: str) -> Config:
     """The preset `name`; raises `ConfigError` that lists the presets there are."""
-    _require(name in PRESETS, "preset", name, "one of " + ", ".join(sorted(PRESETS)))
+    require(name in PRESETS, "preset", name, "one of " + ", ".join(sorted(PRESETS)))
     return PRESETS[name]
 
 
@@ -236,14 +250,17 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
     if dataclasses.is_dataclass(kind):
         return from_mapping(typing.cast("type[Any]", kind), value, key)
     if origin is tuple:
-        _require(isinstance(value, (list, tuple)), key, value, "a list")
+        require(isinstance(value, (list, tuple)), key, value, "a list")
         if len(options) == 2 and options[1] is Ellipsis:
             return tuple(_coerce(f"{key}[{i}]", v, options[0]) for i, v in enumerate(value))
-        _require(len(value) == len(options), key, value, f"a list of {len(options)}")
+        require(len(value) == len(options), key, value, f"a list of {len(options)}")
         return tuple(_coerce(f"{key}[{i}]", v, o) for i, (v, o) in enumerate(zip(value, options, strict=True)))
     if origin is dict:
-        _require(isinstance(value, Mapping), key, value, "a mapping")
-        return {_coerce(f"{key} key", k, options[0]): _coerce(f"{key}.{k}", v, options[1]) for k, v in value.items()}
+        require(isinstance(value, Mapping), key, value, "a mapping")
+        return {
+            _coerce(f"{key} key", k, options[0]): _coerce(f"{key}.{one_line(str(k), 60)}", v, options[1])
+            for k, v in value.items()
+        }
     if kind is float and not isinstance(value, bool) and isinstance(value, (int, float, str)):
         try:
             number = float(value)  # YAML 1.1 reads 1e-4 as a string
@@ -252,16 +269,16 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
         except ValueError:
             number = None
         if number is not None:
-            _require(math.isfinite(number), key, value, "a finite number")
+            require(math.isfinite(number), key, value, "a finite number")
             return number
     name = getattr(kind, "__name__", str(kind))
-    _require(
+    require(
         isinstance(value, kind) and (kind is bool or not isinstance(value, bool)),
         key,
         value,
         f"{'an' if name[0] in 'aeiou' else 'a'} {name}",
     )
-    _require(kind is not int or abs(value) < 2**64, key, value, "a whole number of at most 64 bits")
+    require(kind is not int or abs(value) < 2**64, key, value, "a whole number of at most 64 bits")
     return value
 
 
@@ -276,14 +293,14 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T
     Raises:
         ConfigError: an unknown key, a missing key, a wrong type, or a value the dataclass refuses.
     """
-    _require(isinstance(mapping, Mapping), where or "configuration", mapping, "a mapping of keys to values")
+    require(isinstance(mapping, Mapping), where or "configuration", mapping, "a mapping of keys to values")
     prefix = f"{where}." if where else ""
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
     for key in mapping:
         if key not in fields:
             unknown = "unknown key" if isinstance(key, str) else f"got a key of type {type(key).__name__}"
-            raise ConfigError(f"{prefix}{key}: {unknown}, expected one of {', '.join(fields)}")
+            raise ConfigError(f"{prefix}{one_line(str(key), 60)}: {unknown}, expected one of {', '.join(fields)}")
     for name, spec in fields.items():
         required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
         if required and name not in mapping:
@@ -306,30 +323,32 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, holds a key twice, or holds no mapping.
+        ConfigError: the file is missing, too large, not YAML, holds a key twice, or holds no mapping.
     """
-    return _read(Path(path), "YAML", parse_yaml)
+    return _read(Path(path), "YAML", parse_yaml, 4 * MAX_YAML)  # UTF-8 has up to four bytes a character
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """The mapping in a JSON file.
 
     Raises:
-        ConfigError: the file is missing, is not JSON, holds a key twice, or holds no mapping.
+        ConfigError: the file is missing, too large, not JSON, holds a key twice, or holds no mapping.
     """
-    return _read(Path(path), "JSON", parse_json)
+    return _read(Path(path), "JSON", parse_json, MAX_JSON)
 
 
-def _read(path: Path, kind: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+def _read(path: Path, kind: str, parse: Callable[[str], Any], most: int) -> dict[str, Any]:
+    if why := why_no_file(path):
+        raise ConfigError(f"{path}: {why}")
     try:
+        if (size := path.stat().st_size) > most:
+            raise ConfigError(f"got {size} bytes, expected at most {most}")
         content = parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError, ConfigError) as error:
         raise ConfigError(f"{path}: cannot be read as {kind}: {error}") from None
     if content is None:
         raise ConfigError(f"{path}: got nothing, expected a mapping of keys to values")
-    _require(isinstance(content, dict), str(path), content, "a mapping of keys to values")
+    require(isinstance(content, dict), str(path), content, "a mapping of keys to values")
     return typing.cast("dict[str, Any]", content)
 
 
@@ -344,7 +363,7 @@ def merge(base: Mapping[str, Any], *layers: Mapping[str, Any]) -> dict[str, Any]
         for key, value in layer.items():
             old = result.get(key)
             if isinstance(old, Mapping):
-                _require(isinstance(value, Mapping), str(key), value, "a mapping of keys to values")
+                require(isinstance(value, Mapping), str(key), value, "a mapping of keys to values")
                 value = merge(old, value)
             result[key] = value
     return result
@@ -358,7 +377,8 @@ def parse_override(text: str) -> dict[str, Any]:
     """
     key, separator, value = text.partition("=")
     parts = [part.strip() for part in key.split(".")]
-    _require(bool(separator) and all(parts), "--set", text, "section.key=value, such as train.lr=1e-3")
+    whole = bool(separator) and all(parts) and len(parts) <= _OVERRIDE_DEPTH
+    require(whole, "--set", text, "section.key=value, such as train.lr=1e-3")
     try:
         nested = parse_yaml(value)
     except ConfigError as error:

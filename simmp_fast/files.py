@@ -1,8 +1,9 @@
-"""Writing files and folders so that nothing half-written is ever seen, and their checksums."""
+"""Files that appear complete or not at all, what killed processes leave of them, and checksums."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -14,33 +15,61 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-
-def _end(path: Path) -> str:
-    """The end of a name that may be as long as a name can be: with something before it, it must still be one."""
-    return path.name[-32:]
-
-
-def _beside(path: Path) -> Path:
-    """A new hidden name in the folder of `path`; it ends as `path` does, so that writers see the same extension."""
-    return path.with_name(f".{uuid.uuid4().hex[:12]}-{_end(path)}")
+_live: set[str] = set()  # the temporaries of this process
 
 
 def _host() -> str:
-    return re.sub(r"[^\w.-]", "_", socket.gethostname())
+    return re.sub(r"[^\w.-]", "_", socket.gethostname(), flags=re.ASCII)[:64]
 
 
-def _folder_beside(path: Path) -> Path:
-    """A new hidden name for a folder, which says the process that fills it."""
-    return path.with_name(f".simmp-fast-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:12]}-{_end(path)}")
+def temporary_name(path: Path) -> Path:
+    """A new hidden name in the folder of `path`, which says the process that writes it.
+
+    It ends as `path` does, so that writers see the same extension; no more of it, for it must be a name however long
+    that of `path` is.
+    """
+    name = f".simmp-fast-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:12]}-{path.name[-32:]}"
+    _live.add(name)
+    return path.with_name(name)
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Remove the folders of `_folder_beside` that a process of this machine left which runs no more."""
-    ours = re.compile(rf"\.simmp-fast-{re.escape(_host())}-(\d{{1,7}})-[0-9a-f]{{12}}-{re.escape(_end(path))}")
-    for entry in list(path.parent.iterdir()) if path.parent.is_dir() else []:
-        match = ours.fullmatch(entry.name)
-        if match and entry.is_dir() and not entry.is_symlink() and not _is_running(int(match[1])):
-            shutil.rmtree(entry, ignore_errors=True)
+def check_length(path: str | Path) -> None:
+    """Raise `OSError` if the name of a file or folder, which need not exist, or of one of its parents is too long."""
+    path = Path(path).absolute()
+    there = next((parent for parent in path.parents if os.path.lexists(parent)), path)
+    # A system looks no further than a folder that is missing, so each name is tried in one that is there.
+    names = [there / name for name in path.relative_to(there).parts]
+    for tried in (path / ("x" * 140), *names):  # the first leaves room for a temporary
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(tried)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove the temporary files and folders in `folder` that processes of this machine left which run no more.
+
+    Nothing else is touched, and what cannot be removed stays.
+    """
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            if not entry.is_symlink() and _is_leftover(entry.name):
+                if entry.is_dir():
+                    remove_tree(Path(entry.path))
+                else:
+                    with contextlib.suppress(OSError):
+                        os.unlink(entry.path)
+
+
+def _is_leftover(name: str) -> bool:
+    match = re.fullmatch(rf"\.simmp-fast-{re.escape(_host())}-(\d{{1,7}})-[0-9a-f]{{12}}-.+", name, re.DOTALL)
+    if match is None or name in _live:
+        return False
+    process = int(match[1])
+    return process == os.getpid() or not _is_running(process)  # containers give every start the same number
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file or folder of this name is a temporary one of this package, of whatever process."""
+    return re.fullmatch(r"\.simmp-fast-.+-\d{1,7}-[0-9a-f]{12}-.+", name, re.DOTALL) is not None
 
 
 def _is_running(pid: int) -> bool:
@@ -52,10 +81,13 @@ def _is_running(pid: int) -> bool:
         return False
     except PermissionError:
         pass  # somebody else's
+    with contextlib.suppress(OSError, IndexError):  # Linux alone has this file
+        # "Z": it has ended, and waits for a parent who wants to know, for ever in some containers.
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] != "Z"
     return True
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or the list of names in a folder, is on the disk."""
     if path.is_dir() and os.name != "posix":
         return  # other systems cannot open a folder
@@ -67,74 +99,85 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def remove_tree(folder: Path) -> None:
+    """Remove a folder with all that it holds, as far as that is possible, whatever interrupts it."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, or make a copy where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 @contextlib.contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
-    """A temporary path to write to, in the folder of `path` (made if it is missing).
+def new_file(path: str | Path) -> Iterator[Path]:
+    """A temporary path to write to, in the folder of `path`, for a caller who renames it afterwards.
+
+    When the block ends well the file is synced and stays; when it does not, it is gone.
+    """
+    temporary = temporary_name(Path(path))
+    try:
+        yield temporary
+        sync(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path, *, make_parents: bool = True) -> Iterator[Path]:
+    """A temporary path to write to, in the folder of `path`.
 
     When the block ends well the file is synced and renamed onto `path`; when it does not, `path` is as before and the
     temporary file is gone.
+
+    Args:
+        path: the file.
+        make_parents: make its folder if it is missing; otherwise that is a `FileNotFoundError`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
-    try:
+    if make_parents:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    elif not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
+    with atomic_files(path) as (temporary,):
         yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary folder to fill, beside `path`.
-
-    When the block ends well its files are synced and it takes the place of `path` (a folder already there is replaced);
-    when it does not, `path` is as before and the temporary folder, and parents made for it, are gone. What an earlier
-    process left that was killed as it filled the same folder goes first. Links are followed.
-    """
-    path = Path(os.path.realpath(path))  # `Path.resolve` does not bear a link to itself
-    made = [parent for parent in path.parents if not parent.exists()]
-    _remove_leftovers(path)
-    temporary = _folder_beside(path)
+def atomic_files(*paths: Path) -> Iterator[list[Path]]:
+    """As `atomic_file`, for files of one folder that is there: renamed one by one, once all are on the disk."""
+    temporaries = [temporary_name(path) for path in paths]
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.rglob("*"):
-            _sync(file)
-        _sync(temporary)
-        _take_place(temporary, path)
-        _sync(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        raise
+        yield temporaries
+        for temporary in temporaries:
+            sync(temporary)
+        for temporary, path in zip(temporaries, paths, strict=True):
+            os.replace(temporary, path)
+        sync(paths[0].parent)
+    finally:
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
 
 
-def _take_place(new: Path, path: Path) -> None:
-    """Rename folder `new` to `path`; what was there is removed only once the new folder has its name."""
-    if not path.exists():
-        os.rename(new, path)
-        return
-    old = _folder_beside(path)
-    os.rename(path, old)
-    try:
-        os.rename(new, path)
-    except BaseException:
-        os.rename(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def write_json(path: str | Path, content: Any) -> None:
+def write_json(path: str | Path, content: Any, *, make_parents: bool = True) -> None:
     """Write `content` as indented JSON, atomically."""
-    with atomic_file(path) as temporary:
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        # A lone surrogate, such as a byte of a file's name that is not UTF-8, becomes an escape that JSON knows.
-        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+    with atomic_file(path, make_parents=make_parents) as temporary:
+        temporary.write_bytes(json_bytes(content))
+
+
+def json_bytes(content: Any) -> bytes:
+    """`content` as the indented JSON of a file."""
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    # A lone surrogate, such as a byte of a file's name that is not UTF-8, becomes an escape that JSON knows.
+    return (text + "\n").encode("utf-8", "backslashreplace")
 
 
 def sha256(path: str | Path) -> str:

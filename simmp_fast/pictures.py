@@ -6,6 +6,7 @@ by the class index written into each region, which also survives a black and whi
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmp_fast.data.errors import disk_errors
-from simmp_fast.data.names import printable
 from simmp_fast.files import atomic_file
+from simmp_fast.messages import escaped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +32,10 @@ Labels = NDArray[np.integer]
 PALETTE = ("#E69F00", "#0072B2", "#F0E442", "#D55E00", "#56B4E9", "#009E73", "#F3B7D5", "#8C3B8F", "#B8E186", "#7A4B1E")
 FILL = 0.45  # opacity of a class over the image
 DPI = 120
+MAX_ROWS = 100  # matplotlib draws at most 2^16 pixels on a side
+LONGEST_NAME = 40  # letters of a class in the legend
+LARGEST = 1e30  # in a curve
+PER_INCH = 14  # letters of a row's title, about
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Sample:
         image: [h, w], or [C, h, w] with 1 or 3 channels shown as grey or RGB and of any other number the first; 0..1.
         truth: [h, w] class indices, or None where none is known.
         prediction: [h, w] class indices, or None.
-        title: printed beside the row.
+        title: printed beside the row, without its middle where it is too long.
         aspect: height of a pixel over its width.
     """
 
@@ -85,10 +90,10 @@ def save_overlays(path: str | Path, samples: Sequence[Sample], classes: Sequence
     """Write several slices as one picture, a row each; see `save_overlay`.
 
     Raises:
-        ValueError: no sample, shapes that differ, or a label beyond `classes`.
+        ValueError: no sample or more than `MAX_ROWS`, shapes that differ, or a label beyond `classes`.
     """
-    if not samples:
-        raise ValueError("samples: got none, expected at least one")
+    if not 1 <= len(samples) <= MAX_ROWS:
+        raise ValueError(f"samples: got {len(samples) or 'none'}, expected at least one and at most {MAX_ROWS}")
     for index, sample in enumerate(samples):
         _check_sample(f"samples[{index}]", sample, len(classes))
     names = [n for n in ("truth", "prediction") if any(getattr(s, n) is not None for s in samples)]
@@ -116,9 +121,15 @@ def save_overlays(path: str | Path, samples: Sequence[Sample], classes: Sequence
             if i == 0:
                 axes.set_title(name, fontsize=11, pad=4)
             if j == 0 and sample.title:
-                axes.set_ylabel(_literal(sample.title), fontsize=9, labelpad=4)
+                axes.set_ylabel(_literal(sample.title, int(row * PER_INCH)), fontsize=9, labelpad=4)
     if title:
-        figure.suptitle(_literal(title), fontsize=12, fontweight="bold", y=1 - 0.06 / total, va="top")
+        figure.suptitle(
+            _literal(title, int(0.62 * columns * panel * PER_INCH)),
+            fontsize=12,
+            fontweight="bold",
+            y=1 - 0.06 / total,
+            va="top",
+        )
     _draw_legend(figure, entries, per_line)
     _save(figure, path)
 
@@ -129,7 +140,8 @@ def save_curves(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     Args:
         path: PNG file, replaced in one step if it exists.
         rows: metrics in order. Those with `step` and `loss` make the loss curve; those with `epoch` and `dice` make the
-            validation curve. Other keys are ignored, and values that are not finite are left out of the curves.
+            validation curve. Other keys are ignored, and values that are not finite, or beyond 1e30, are left out of
+            the curves.
     """
     from matplotlib.figure import Figure
 
@@ -146,9 +158,9 @@ def save_curves(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _points(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> NDArray[np.float64]:
-    """[n, 2] of the rows that hold finite `x` and `y`."""
+    """[n, 2] of the rows that hold `x` and `y` that can be drawn."""
     pairs = [(float(r[x]), float(r[y])) for r in rows if r.get(x) is not None and r.get(y) is not None]
-    return np.array([p for p in pairs if math.isfinite(p[0] + p[1])], dtype=np.float64).reshape(-1, 2)
+    return np.array([p for p in pairs if all(abs(value) <= LARGEST for value in p)], dtype=np.float64).reshape(-1, 2)
 
 
 def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -286,26 +298,39 @@ def _write_indices(axes: Axes, labels: Labels) -> None:
 
 
 def _legend_entries(samples: Sequence[Sample], classes: Sequence[str]) -> list[tuple[int, str]]:
-    """Index and name of the classes that appear; all of them where the list is short."""
+    """Index of the classes that appear and name as it is drawn; all of them where the list is short."""
+    names = [_literal(name, LONGEST_NAME) for name in classes]
     if len(classes) <= 11:
-        return list(enumerate(classes))[1:]
+        return list(enumerate(names))[1:]
     maps = [m for s in samples for m in (s.truth, s.prediction) if m is not None]
     seen = {int(v) for m in maps for v in np.unique(m)}
-    return [(i, n) for i, n in enumerate(classes) if i > 0 and i in seen]
+    return [(i, n) for i, n in enumerate(names) if i > 0 and i in seen]
 
 
-def _literal(text: str) -> str:
-    """A name as matplotlib shows it letter by letter: dollars would begin a formula, and surrogates cannot be drawn."""
-    return printable(text).replace("$", r"\$")
+def _literal(text: str, longest: int) -> str:
+    """A name as matplotlib draws it letter by letter, on one line, without its middle where it is too long.
+
+    Dollars would begin a formula, and a letter that the font lacks a warning; it becomes a box.
+    """
+    text = escaped(text)
+    if len(text) > longest:
+        text = f"{text[: longest // 2]}\u2026{text[1 - longest + longest // 2 :]}"
+    return "".join(letter if _drawable(letter) else "\u25a1" for letter in text).replace("$", r"\$")
+
+
+@functools.cache
+def _drawable(letter: str) -> bool:
+    """Whether the fonts of titles and labels have the letter."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    fonts = (get_font(findfont(FontProperties(weight=weight))) for weight in ("normal", "bold"))
+    return all(font.get_char_index(ord(letter)) for font in fonts)
 
 
 def _draw_legend(figure: Figure, entries: Sequence[tuple[int, str]], per_line: int) -> None:
     from matplotlib.patches import Patch
 
-    handles = [
-        Patch(facecolor=colour(i), edgecolor="black", linewidth=0.5, label=f"{i} {_literal(name)}")
-        for i, name in entries
-    ]
+    handles = [Patch(facecolor=colour(i), edgecolor="black", linewidth=0.5, label=f"{i} {name}") for i, name in entries]
     if handles:
         figure.legend(
             handles=handles, loc="lower center", ncols=per_line, frameon=False, fontsize=9, handlelength=1.1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from types import ModuleType
 
 import pytest
@@ -12,6 +13,12 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # cuBLAS is deterministic with a fixed workspace alone, and has to know before its first product.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+# What `nohup` and background jobs of a shell ignore, a program that respects that would not hear in its tests.
+for _name in ("SIGINT", "SIGHUP", "SIGTERM"):
+    _number = getattr(signal, _name, None)
+    if _number is not None and signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _name == "SIGINT" else signal.SIG_DFL)
 
 
 @pytest.fixture

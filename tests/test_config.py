@@ -138,7 +138,7 @@ def test_a_value_does_not_wipe_out_a_section() -> None:
 
 
 def test_a_folder_and_a_picture_are_no_configuration(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"^{tmp_path}: cannot be read as YAML: .*[Dd]irectory"):
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}: got a folder, expected a file"):
         resolve("small", tmp_path)
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\xff")
     with pytest.raises(ConfigError, match=rf"^{tmp_path}/a.png: cannot be read as YAML: .*0x89"):
@@ -151,3 +151,79 @@ def test_fitting_windows() -> None:
     assert fitting_windows(8, 8) == [2, 4]
     assert fitting_windows(2, 2) == []
     assert fitting_windows(13, 13) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.seed=18446744073709551616", "got 18446744073709551616, expected a whole number of at most 64 bits"),
+        ("train.seed=-1", "got -1, expected at least 0"),
+        ("train.workers=1000000", "got 1000000, expected at most 1024 (each is a process)"),
+        ("train.epochs=1e20", "got '1e20', expected an int"),
+        ("train.epochs=1.0e+20", "got 1e+20, expected an int"),
+        ("train.epochs=1000001", "got 1000001, expected at most 1000000 (no training is longer)"),
+        ("train.batch_size=100000", "got 100000, expected at most 65536 (a batch lies in memory)"),
+        ("train.overlays=101", "got 101, expected at most 100 (they are the rows of one picture)"),
+        ("train.lr=1e9", "got 1000000000.0, expected at most 1000 (weights are far below it)"),
+        ("train.weight_decay=1001", "got 1001.0, expected at most 1000"),
+        ("train.checkpoint_minutes=1e7", "got 10000000.0, expected at most 1000000 (that is two years)"),
+        ("train.keep_every=10000000000", "got 10000000000, expected at most 1000000000"),
+        ("train.log_every=10000000000", "got 10000000000, expected at most 1000000000"),
+        ("model.classes=257", "got 257, expected at most 256 (a label is one byte)"),
+        ("model.in_channels=1025", "got 1025, expected at most 1024"),
+        ("model.image_size=2080", "got 2080, expected at most 2048 (attention in the backbone needs memory"),
+        ("model.dmwla_size=1000000000", "got 1000000000, expected at most 2048 (attention among all tokens"),
+        ("model.slots=100000000000", "got 100000000000, expected at most 100000 (every token attends"),
+        ("model.clusters=5000", "got 5000, expected at most 4096"),
+        ("model.feature_dim=100000000", "got 100000000, expected at most 8192"),
+        ("model.decoder_feature_dim=8193", "got 8193, expected at most 8192"),
+        ("model.depths=[1, 1, 1, 999999999]", "got (1, 1, 1, 999999999), expected at most 64 in a stage"),
+        ("model.warmup_steps=10000000000", "got 10000000000, expected at most 1000000000"),
+        ("model.memory_seed=-18446744073709551615", None),
+        ("model.memory_seed=-18446744073709551616", "got -18446744073709551616, expected a whole number of at most 64"),
+        ("model.window=99999999999", "got 99999999999, expected one of 2, 7 for a grid of 14x14"),
+    ],
+)
+def test_numbers_beyond_measure(override: str, message: str | None) -> None:
+    if message is None:
+        assert resolve("small", None, (override,))
+        return
+    with pytest.raises(ConfigError, match=f"^{re.escape(override.partition('=')[0])}: {re.escape(message)}"):
+        resolve("small", None, (override,))
+
+
+def test_memory_is_counted_before_it_is_taken() -> None:
+    banks = ("model.clusters=4096", "model.slots=100000", "model.feature_dim=8192")
+    message = r"memory banks: got 62,5\d\d.\d GiB, expected at most 64 GiB"
+    with pytest.raises(ConfigError, match=message):
+        resolve("small", None, banks)
+    with pytest.raises(ConfigError, match=r"images of a batch: got 1,024.0 GiB, expected at most 64 GiB"):
+        resolve("small", None, ("train.batch_size=65536", "model.image_size=2048"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train.lr=[1", "train.lr=!!python/object:os.system x", "train.lr=\x1b[31m", "train.lr=\0",
+        "train.lr=" + "x" * 100_000, "x" * 100_000 + "=1", ".".join("a" * 50_000) + "=1",
+        "train.seed=" + "9" * 30, "train.seed=" + "9" * 5000, "train.lr=2020-01-01", "train.lr=!!binary aaaa",
+        "train={1: 2}", "train={.nan: 2}", "train={2020-01-01: 2}",
+        "train={[a]: 1}", "train={!!binary aaaa: 1}", "train.lr={a: [*b]}", "train.lr=\n- a\nb", "train.\x1b[31mlr=1",
+        "train.lr=" + "[" * 10_000, "train=" + "{a: " * 10_000, "train.lr=.nan", "train={'a\nb': 1}",
+    ],
+    ids=range(23),
+)  # fmt: skip
+def test_overrides_end_in_one_short_line(text: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        resolve("small", None, (text,))
+    said = str(raised.value)
+    assert said.startswith(("--set: got ", "train", "x" * 40))
+    assert not any(character in said for character in "\n\x1b\0")
+    assert len(said) < 700
+
+
+def test_overrides_of_one_key_as_deep_as_they_go() -> None:
+    """Several are laid over one another."""
+    deep = ".".join(["a"] * 2000) + "=1"
+    with pytest.raises(ConfigError, match=r"--set: got 'a\.a\..*, expected section.key=value"):
+        resolve("small", None, (deep, deep))

@@ -1,15 +1,20 @@
 import errno
 import hashlib
 import os
-import signal
 import socket
 import subprocess
 import sys
 
 import pytest
 
-from simmp_fast import files
-from simmp_fast.data.errors import DataError
+from simmp_fast import files, folders
+from simmp_fast.data.errors import DataError, disk_errors
+
+
+@pytest.fixture
+def names():
+    """Every name in a folder, hidden ones too: to see that nothing is left behind."""
+    return lambda folder: sorted(path.name for path in folder.iterdir())
 
 
 def half_write(path, error):
@@ -30,38 +35,27 @@ def test_atomic_file_replaces_only_when_the_block_ends_well(tmp_path, names):
     assert names(path.parent) == ["a.nii.gz"]
 
 
-def test_atomic_folder_leaves_nothing_of_a_failure(tmp_path, names):
-    with pytest.raises(RuntimeError), files.atomic_folder(tmp_path / "deep" / "er" / "out") as temporary:
-        half_write(temporary / "half", RuntimeError)
+def test_a_missing_folder_is_made_or_refused(tmp_path, names):
+    with pytest.raises(FileNotFoundError) as caught, files.atomic_file(tmp_path / "a" / "b", make_parents=False):
+        pass
+    assert caught.value.filename == str(tmp_path / "a")
     assert names(tmp_path) == []
 
 
-def test_atomic_folder_keeps_the_old_one_until_the_new_one_is_complete(tmp_path, names, monkeypatch):
-    out = tmp_path / "out"
-    with files.atomic_folder(out) as temporary:
-        (temporary / "old").write_text("x")
-    rename = os.rename
-
-    def refuses_the_new(source, target):
-        if str(target) == str(out) and not (source / "old").exists():
-            raise OSError(errno.EIO, "input/output error")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", refuses_the_new)
-    with pytest.raises(OSError, match="input/output"), files.atomic_folder(out) as temporary:
-        (temporary / "new").write_text("x")
-    assert names(tmp_path) == ["out"]
-    assert names(out) == ["old"]
-    monkeypatch.undo()
-    with files.atomic_folder(out) as temporary:
-        (temporary / "new").write_text("x")
-    assert names(tmp_path) == ["out"]
-    assert names(out) == ["new"]
+def test_new_file_is_left_to_its_caller(tmp_path, names):
+    with files.new_file(tmp_path / "a.bin") as temporary:
+        temporary.write_text("whole")
+    assert names(tmp_path) == [temporary.name]
+    files.remove_leftovers(tmp_path)
+    assert temporary.read_text() == "whole"
+    with pytest.raises(KeyboardInterrupt), files.new_file(tmp_path / "b.bin") as other:
+        half_write(other, KeyboardInterrupt)
+    assert names(tmp_path) == [temporary.name]
 
 
 @pytest.mark.parametrize(("code", "message"), [(errno.ENOSPC, "the disk is full"), (errno.EACCES, "cannot be written")])
 def test_disk_errors_name_the_path(tmp_path, code, message):
-    with pytest.raises(DataError, match=f"out.*{message}"), files.disk_errors(tmp_path / "out"):
+    with pytest.raises(DataError, match=f"out.*{message}"), disk_errors(tmp_path / "out"):
         raise OSError(code, "reason")
 
 
@@ -101,9 +95,20 @@ def test_names_may_be_as_long_as_the_system_allows(tmp_path, names, name):
     with files.atomic_file(tmp_path / name) as temporary:
         assert temporary.suffix == ".txt"
         temporary.touch()
-    with files.atomic_folder(tmp_path / name.replace("t", "f")):
+    with folder(tmp_path / name.replace("t", "f")):
         pass
     assert names(tmp_path) == sorted([name, name.replace("t", "f")])
+
+
+@pytest.mark.parametrize("name", ["x" * 252 + ".txt", "\u00e9" * 126 + ".txt"])
+def test_names_that_are_too_long_are_an_error(tmp_path, names, name):
+    with pytest.raises(OSError, match="too long"), files.atomic_file(tmp_path / name) as temporary:
+        temporary.touch()
+    assert names(tmp_path) == []
+
+
+def folder(path):
+    return folders.atomic_folder(path, replace=False, last="last")
 
 
 def ended_process():
@@ -112,52 +117,34 @@ def ended_process():
     return process.pid
 
 
-def test_atomic_folder_removes_what_a_dead_process_left_of_the_same_folder(tmp_path, names):
+def test_leftovers_of_dead_processes_are_removed_and_nothing_else(tmp_path, names):
     host, dead, part = socket.gethostname(), ended_process(), "0123456789ab"
-    (tmp_path / f".simmp-fast-{host}-{dead}-{part}-out").mkdir()
-    (tmp_path / f".simmp-fast-{host}-{dead}-{part}-out" / "half").touch()
+    with files.new_file(tmp_path / "mine") as mine:
+        mine.touch()
     kept = [
-        f".simmp-fast-{host}-{os.getpid()}-{part}-out",
         f".simmp-fast-{host}-1-{part}-out",
-        f".simmp-fast-{host}-{dead}-{part}-other",
-        f".simmp-fast-{host}-{dead}-{part}-out.nii.gz",
         f".simmp-fast-{host}-{dead}-0123-out",
         f".simmp-fast-{host}2-{dead}-{part}-out",
+        f".simmp-fast-{host}-{dead}-{part}-",
         f".{part}-out",
         f"simmp-fast-{host}-{dead}-{part}-out",
+        ".simmp-fast-ready",
     ]
     for name in kept:
         (tmp_path / name).mkdir()
-    (tmp_path / f".simmp-fast-{host}-{dead}-{part[::-1].replace('b', 'c')}-out").symlink_to(tmp_path / kept[0])
-    before = names(tmp_path)
-    with files.atomic_folder(tmp_path / "out") as temporary:
-        (temporary / "new").touch()
-    before.remove(f".simmp-fast-{host}-{dead}-{part}-out")
-    assert names(tmp_path) == sorted([*before, "out"])
-
-
-def test_a_killed_process_leaves_a_folder_that_the_next_removes(tmp_path, names):
-    for _ in range(2):
-        process = os.fork()
-        if process == 0:
-            with files.atomic_folder(tmp_path / "out") as temporary:
-                (temporary / "half").touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-        os.waitpid(process, 0)
-        assert len(names(tmp_path)) == 1
-    with files.atomic_folder(tmp_path / "out"):
-        pass
-    assert names(tmp_path) == ["out"]
-
-
-def test_atomic_folder_follows_a_link(tmp_path, names):
-    (tmp_path / "disk" / "big").mkdir(parents=True)
-    (tmp_path / "out").symlink_to(tmp_path / "disk" / "big")
-    with files.atomic_folder(tmp_path / "out") as temporary:
-        (temporary / "new").touch()
-    assert names(tmp_path) == ["disk", "out"]
-    assert names(tmp_path / "disk") == ["big"]
-    assert names(tmp_path / "out") == ["new"]
+    link = f".simmp-fast-{host}-{dead}-{part}-link"
+    (tmp_path / link).symlink_to(tmp_path / kept[0])
+    for process in (dead, os.getpid()):  # in a container every start has the same number
+        (tmp_path / f".simmp-fast-{host}-{process}-{part}-out").mkdir()
+        (tmp_path / f".simmp-fast-{host}-{process}-{part}-out" / "half").touch()
+        (tmp_path / f".simmp-fast-{host}-{process}-{part}-a\nb.nii.gz").touch()
+    unread = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, unread.pid, os.WEXITED | os.WNOWAIT)
+    (tmp_path / f".simmp-fast-{host}-{unread.pid}-{part}-out").touch()
+    files.remove_leftovers(tmp_path)
+    unread.wait()
+    assert names(tmp_path) == sorted([*kept, link, mine.name])
+    files.remove_leftovers(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(("system", "flag"), [("posix", os.O_RDONLY), ("nt", os.O_RDWR)])
@@ -167,6 +154,6 @@ def test_windows_syncs_files_that_are_open_for_writing_alone(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", lambda path, flags: opened.append(flags) or real(path, flags))
         patch.setattr(os, "name", system)
-        files._sync(path)
-        files._sync(tmp_path)
+        files.sync(path)
+        files.sync(tmp_path)
     assert opened == ([flag] if system == "nt" else [flag, flag])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,7 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simmp_fast.pictures import PALETTE, Sample, _smooth, _tint, colour, save_curves, save_overlay, save_overlays
+from simmp_fast.pictures import (
+    MAX_ROWS,
+    PALETTE,
+    Sample,
+    _literal,
+    _smooth,
+    _tint,
+    colour,
+    save_curves,
+    save_overlay,
+    save_overlays,
+)
 
 CLASSES = ("background", "liver", "spleen")
 IMAGE = np.linspace(0, 1, 30 * 40).reshape(30, 40)
@@ -41,6 +53,27 @@ def test_grid_grows_by_rows(tmp_path: Path) -> None:
     with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "three.png") as three:
         assert one.size[0] == three.size[0]
         assert three.size[1] > 2.2 * one.size[1]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "name",
+    ["T$_{1$", r"$\frac{", "\u809d\U0001f600", "\x1b[31m\n\u202e\udce9", "x" * 5000],
+)
+def test_names_are_drawn_letter_by_letter(tmp_path: Path, name: str) -> None:
+    """No formula, no warning of missing letters, and a size that does not depend on the name."""
+    sample = Sample(IMAGE, LABEL, LABEL, f"{name}, slice 3", aspect=1.3)
+    save_overlays(tmp_path / "a.png", [sample], ("background", name, f"{name}b"), name)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (1044, 432)
+
+
+def test_names_as_they_are_drawn() -> None:
+    assert _literal("a$b_c^d", 40) == r"a\$b_c^d"
+    assert _literal("\u809d\u81d3 1", 40) == "\u25a1\u25a1 1"
+    assert _literal("caf\u00e9\n\x1b", 40) == "caf\u00e9\\n\\x1b"
+    assert _literal("a" * 30 + "b" * 30, 10) == "aaaaa\u2026bbbb"
+    assert _literal("a" * 10, 10) == "a" * 10
 
 
 def test_many_classes_and_odd_shapes(tmp_path: Path) -> None:
@@ -77,6 +110,8 @@ def test_errors(tmp_path: Path) -> None:
         save_overlay(path, np.zeros(4), None, None, CLASSES)
     with pytest.raises(ValueError, match="samples: got none"):
         save_overlays(path, [], CLASSES)
+    with pytest.raises(ValueError, match="samples: got 101, expected at least one and at most 100"):
+        save_overlays(path, [Sample(IMAGE)] * (MAX_ROWS + 1), CLASSES)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -92,6 +127,16 @@ def test_curves(tmp_path: Path, steps: int) -> None:
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size == (1080, 408)
     assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [1e308, -1.0, math.nan])
+def test_curves_of_values_without_measure(tmp_path: Path, value: float) -> None:
+    rows = [{"step": s, "loss": value if s % 2 else 1.0} for s in range(90)]
+    rows += [{"epoch": e, "dice": value if e % 2 else 0.5} for e in range(9)]
+    save_curves(tmp_path / "curves.png", [*rows, {"step": 1e308, "loss": 1.0}])
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size == (1080, 408)
 
 
 def test_running_mean() -> None:

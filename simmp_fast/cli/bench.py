@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
+from simmp_fast.bounds import TRAIN_LIMITS
 from simmp_fast.cli.common import add_command
 from simmp_fast.config import ConfigError
+from simmp_fast.messages import shown
 
 CLONE = Path(__file__).resolve().parents[2]
+_LONGEST = 86_400  # seconds for one case: a day
 
 _EXAMPLE = """simmp-fast bench --out results
   simmp-fast bench context_attention powerset_loss --dtype bfloat16
@@ -49,15 +53,34 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, help="folder for rows, report and pictures (default: bench-results)")
     add("--group", nargs="+", metavar="NAME", help="such as operators, blocks, loss, 'sweep N', step")
     add("--direction", nargs="+", choices=("forward", "backward", "both"), help="rows to keep (default: all)")
-    add("--batch", type=int, help="images (default: 20 on a GPU, 1 on a CPU)")
+    add("--batch", type=_batch, help="images (default: 20 on a GPU, 1 on a CPU)")
     add("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
-    add("--seconds", type=float, help="time for one case and dtype, beyond its warm-up and parity (default: 2)")
+    add("--seconds", type=_seconds, help="time for one case and dtype, beyond its warm-up and parity (default: 2)")
     add("--fast", action="store_true", help="tiny shapes: structure and parity in under two minutes, no figures")
     add("--no-baseline", action="store_true", help="the reference only if --backend names it; --merge adds speed-ups")
     add("--all", action="store_true", help="the fine sweeps on a CPU too")
     add("--list", action="store_true", help="print the cases and measure nothing")
     add("--compare", nargs=2, metavar=("A", "B"), help="two result files, or two revisions of this clone")
     add("--merge", nargs="+", type=Path, metavar="DIR", help="make one report, in --out, of results of one machine")
+
+
+def _batch(text: str) -> int:
+    return int(_at_most(text, int, TRAIN_LIMITS["batch_size"][0]))
+
+
+def _seconds(text: str) -> float:
+    return _at_most(text, float, _LONGEST)
+
+
+def _at_most(text: str, kind: type[int] | type[float], most: float) -> float:
+    try:
+        number = kind(text)
+    except ValueError:
+        number = math.nan
+    if not number <= most:  # NaN is not
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"got {shown(text)}, expected {what} of at most {most}")
+    return number
 
 
 def run(arguments: argparse.Namespace) -> None:

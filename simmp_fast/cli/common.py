@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from simmp_fast.bounds import TRAIN_LIMITS
 from simmp_fast.config import BACKENDS, PRECISIONS, ConfigError
+from simmp_fast.messages import shown
 
 if TYPE_CHECKING:
     import torch
@@ -40,17 +43,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)", default=None)
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="operator backend")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="bfloat16 runs under autocast")
-    parser.add_argument("--batch-size", type=_positive, default=8, help="slices per forward pass")
+    parser.add_argument("--batch-size", type=_batch_size, default=8, help="slices per forward pass")
     parser.add_argument("--mirror", action="store_true", help="average over mirror images")
 
 
-def _positive(text: str) -> int:
+def _batch_size(text: str) -> int:
+    most = TRAIN_LIMITS["batch_size"][0]
     try:
         number = int(text)
     except ValueError:
         number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
+    if not 1 <= number <= most:
+        raise argparse.ArgumentTypeError(f"got {shown(text)}, expected a whole number from 1 to {most}")
     return number
 
 
@@ -108,36 +112,72 @@ def load_network(source: Path, backend: str) -> tuple[SimMPNet, Path]:
 
 
 def load_recipe(weights: Path, given: Path | None) -> Recipe:
-    """How files become input for a network: ``data.json`` beside its weights, or the one given.
+    """How files become input for a network, as `known_recipe` finds it.
 
     Raises:
-        ConfigError: there is none, or it cannot be used.
+        ConfigError: it is nowhere, it cannot be used, or ``data.json`` is not that of the weights.
+        DataError: the weights cannot be read.
     """
-    from simmp_fast.config import from_mapping, read_json
-    from simmp_fast.data.preprocess import Recipe
-
-    path = given if given is not None else weights.parent / RECIPE
-    if not path.exists():
+    recipe = known_recipe(weights, given)
+    if recipe is None:
         raise ConfigError(
-            f"{path}: no such file; name with --recipe the data.json of a run on the same kind of data: it says how "
-            "intensities are scaled, how volumes are sliced, and what the classes are called"
+            f"{weights.parent / RECIPE}: no such file; name with --recipe the data.json of a run on the same kind of "
+            "data: it says how intensities are scaled, how volumes are sliced, and what the classes are called"
         )
-    return from_mapping(Recipe, read_json(path), str(path))
+    return recipe
+
+
+def known_recipe(weights: Path, given: Path | None = None) -> Recipe | None:
+    """How files become input for a network: the recipe given, or ``data.json`` beside its weights, or that in them.
+
+    A given one that differs from that in the weights is the user's choice, and worth a `Note`.
+
+    Returns:
+        None where none of the three is there.
+
+    Raises:
+        ConfigError: it cannot be used, or ``data.json`` is not that of the weights.
+        DataError: the weights cannot be read.
+    """
+    from simmp_fast.config import from_mapping, read_json, to_mapping
+    from simmp_fast.data.preprocess import Recipe
+    from simmp_fast.differences import differences, listed
+    from simmp_fast.messages import Note
+
+    content = _in_header(weights, "recipe")
+    saved = None if content is None else from_mapping(Recipe, content, f"{weights}: recipe")
+    path = given if given is not None else weights.parent / RECIPE
+    if given is None and not path.exists():
+        return saved
+    recipe = from_mapping(Recipe, read_json(path), str(path))
+    changed = {} if saved is None else differences(to_mapping(saved), to_mapping(recipe))
+    if changed and given is None:
+        raise ConfigError(
+            f"{path}: differs from what {weights.name} was trained on: {listed(changed)}; restore it, or remove it: "
+            "the weights hold it too"
+        )
+    if changed:
+        warnings.warn(Note(f"{path}: differs from what {weights} was trained on: {listed(changed)}"), stacklevel=2)
+    return recipe
 
 
 def class_names(weights: Path) -> list[str] | None:
     """The class names that a run's checkpoint holds; None for weights that name none.
 
     Raises:
-        ConfigError: the file cannot be read.
+        DataError: the file cannot be read, or is damaged.
     """
-    import json
+    names = _in_header(weights, "classes")
+    return None if names is None else [str(name) for name in names]
 
-    from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(weights, framework="pt") as file:
-            names = (file.metadata() or {}).get("classes")
-        return None if names is None else [str(name) for name in json.loads(names)]
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{weights}: cannot be read as a checkpoint: {error}") from None
+def _in_header(weights: Path, key: str) -> Any:
+    """What the header of a weights file, once verified, holds as JSON under `key`; None if it does not."""
+    from simmp_fast.data.errors import DataError
+    from simmp_fast.messages import Note
+    from simmp_fast.model.sealing import in_header, read_sealed
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Note)  # `load_network` says it
+        _, header = read_sealed(weights, DataError)
+    return in_header(weights, header, key, DataError)

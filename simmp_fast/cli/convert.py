@@ -29,10 +29,15 @@ def register(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Convert and say what came out."""
     from simmp_fast.data.errors import disk_errors
+    from simmp_fast.evaluation.report import check_folder
+    from simmp_fast.folders import finish_folder, others
     from simmp_fast.model import SimMPNet
+    from simmp_fast.model.pretrained import WEIGHTS_FILE
 
+    check_folder(arguments.out)
     with disk_errors(arguments.out):
-        taken = arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir()))
+        finish_folder(arguments.out, WEIGHTS_FILE)
+        taken = arguments.out.is_dir() and others(arguments.out)
     if taken:
         raise ConfigError(f"--out: got {arguments.out}, which is there already, expected a new or an empty folder")
     model = SimMPNet.from_released(arguments.checkpoint, arguments.variant, in_channels=arguments.in_channels)

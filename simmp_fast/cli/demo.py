@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     print(f"[2/4] train: the small preset on {device}, a quarter of an hour on two cores")
     config = _configuration(arguments, cache.image_size)
-    result = train(config, cache, folder, resume=(folder / "config.yaml").exists(), device=device)
+    result = train(config, cache, folder, resume=folder.is_dir() and any(folder.iterdir()), device=device)
     if result.interrupted:
         return 130
 
@@ -114,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     print("[4/4] evaluate: the held-out test slab")
     evaluation = evaluate(model, cache, "test", protocol="strict", device=device, progress=True)
-    saved = evaluation.save(out / "evaluation")
+    saved = evaluation.save(out / "evaluation", overwrite=True)
     shown = {
         "prediction": predicted[0],
         "its overlay": predicted[-1],

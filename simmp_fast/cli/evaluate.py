@@ -15,8 +15,8 @@ from simmp_fast.cli.common import (
     choose_device,
     class_names,
     find_weights,
+    known_recipe,
     load_network,
-    load_recipe,
 )
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     from simmp_fast.files import sha256
 
     device = choose_device(arguments.device)
-    cache = Cache.open(arguments.data)
+    cache = Cache.open(arguments.data, verify=True)
     weights = find_weights(arguments.model)
     check_data(cache, weights)
     folder = arguments.out or weights.parent / "evaluation"
@@ -69,12 +69,14 @@ def run(arguments: argparse.Namespace) -> None:
         progress=True,
     )
     identity = {"file": weights.name, "sha256": sha256(weights)}
-    saved = replace(result, weights=identity).save(folder)
+    try:
+        saved = replace(result, weights=identity).save(folder, overwrite=arguments.overwrite)
+    finally:
+        print(result.table())  # whether or not it could be saved
     if measured is not None and measured != identity:
         print(
             f"{saved[0]}, {saved[1].name}: replaced results of other weights ({measured.get('file')})", file=sys.stderr
         )
-    print(result.table())
     for path in saved:
         print(path)
 
@@ -82,8 +84,8 @@ def run(arguments: argparse.Namespace) -> None:
 def check_data(cache: Cache, weights: Path) -> None:
     """Compare a cache with what is known of the data that a network was trained on.
 
-    That is the recipe beside the weights, or else the class names in them, or nothing; the last two are said on
-    standard error. Numbers of classes and channels and the image size are compared with the network later.
+    That is the recipe beside the weights or in them, or else the class names in them, or nothing; the last two are said
+    on standard error. Numbers of classes and channels and the image size are compared with the network later.
 
     Raises:
         DataError: lists what differs.
@@ -91,12 +93,12 @@ def check_data(cache: Cache, weights: Path) -> None:
     """
     from simmp_fast.evaluation.evaluate import check_class_names, check_prepared_alike
 
-    recipe = weights.parent / RECIPE
-    if recipe.exists():
-        check_prepared_alike(load_recipe(weights, None), cache, recipe)
+    recipe, path = known_recipe(weights), weights.parent / RECIPE
+    if recipe is not None:
+        check_prepared_alike(recipe, cache, path if path.exists() else weights)
         return
     names = class_names(weights)
     if names is not None:
         check_class_names(names, cache, weights)
     unknown = "intensity rule and slice axis" if names else "class names, intensity rule and slice axis"
-    print(f"{recipe}: no such file, so {unknown} of the data are not compared with the network's", file=sys.stderr)
+    print(f"{path}: no such file, so {unknown} of the data are not compared with the network's", file=sys.stderr)

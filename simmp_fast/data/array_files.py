@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import math
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
 
 from simmp_fast.data.errors import DataError
-from simmp_fast.data.volume import Array, Volume, library
+from simmp_fast.data.hdf5_files import hdf5_array
+from simmp_fast.data.names import listed
+from simmp_fast.data.volume import DEFLATE, Array, Volume, check_announced, check_type, library
 
 # What files in circulation call an image and a label.
 _NAMES = {"image": ("image", "img"), "label": ("label",)}
-# What netCDF writes beside an array whose values are not what they seem.
-_MISSING, _PACKED = ("_FillValue", "missing_value"), {"scale_factor": 1, "add_offset": 0}
+_LONGEST_HEADER = 1000  # bytes, of an npy file: that of plain numbers has 118
 
 
 def read_arrays(path: Path, key: str) -> Volume:
@@ -24,70 +28,81 @@ def read_arrays(path: Path, key: str) -> Volume:
     that are more than three.
 
     Raises:
-        DataError: no such array, another number of axes, or values that are masked, packed or Python objects.
+        DataError: no such array, another number of axes, values that are masked, packed or no numbers, or a size that
+            the file cannot hold.
     """
     if path.name.lower().endswith(".npz"):
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise DataError(f"{path}: got one array without a name (npy), expected an npz file")
-        with loaded as content:
-            array = _npz_array(content, _name(content, key, path), path)
+        array = _npz_array(path, key)
     else:
         with library("h5py", path).File(path, "r") as content:
-            array = _hdf5_array(content, _name(content, key, path), path)
+            array = hdf5_array(content, _name(list(content), key, path), path)
     colour, shape = _data_axes(array.shape, key == "image")
     if len(shape) - colour not in (2, 3):
         raise DataError(f"{path}: got {key} of shape {list(array.shape)}, expected [h, w] or [d, h, w]")
     return Volume(array.reshape(shape), None, path, colour)
 
 
-def _name(content: Any, key: str, path: Path) -> str:
-    names = _NAMES[key]
-    name = next((n for n in names if n in content), None)
+def _name(there: Sequence[str], key: str, path: Path) -> str:
+    name = next((n for n in _NAMES[key] if n in there), None)
     if name is None:
-        need = " or ".join(map(repr, names))
-        raise DataError(f"{path}: no array {need} in the file, got {', '.join(content) or 'none'}")
+        need = " or ".join(map(repr, _NAMES[key]))
+        raise DataError(f"{path}: no array {need} in the file, got {listed(there) or 'none'}")
     return name
 
 
-def _npz_array(content: Any, name: str, path: Path) -> Array:
-    try:
-        return np.asarray(content[name])
-    except ValueError as error:
-        if "allow_pickle" not in str(error):
-            raise
-        raise DataError(f"{path}: got Python objects as {name!r}, expected numbers ({error})") from None
+def _npz_array(path: Path, key: str) -> Array:
+    """The array of a zip file of npy files, whose sizes are checked one against the other before any is believed."""
+    with open(path, "rb") as file:
+        start = file.read(6)
+    if start == b"\x93NUMPY":
+        raise DataError(f"{path}: got one array without a name (npy), expected an npz file")
+    if not start.startswith(b"PK"):
+        raise DataError(f"{path}: corrupt or truncated file (no zip file, which npz files are)")
+    with zipfile.ZipFile(path) as archive:
+        members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
+        name = _name([member.filename.removesuffix(".npy") for member in members], key, path)
+        found = [member for member in members if member.filename == f"{name}.npy"]
+        if len(found) > 1:
+            raise DataError(f"{path}: got {len(found)} arrays {name!r}, expected one")
+        _check_member(found[0], name, path)
+        with archive.open(found[0]) as stored:
+            _check_header(stored, found[0].file_size, name, path)
+        with archive.open(found[0]) as stored:
+            array: Array = np.lib.format.read_array(stored, allow_pickle=False)
+        return array
 
 
-def _hdf5_array(content: Any, name: str, path: Path) -> Array:
-    dataset = content[name]
-    if not hasattr(dataset, "dtype"):
-        raise DataError(f"{path}: got a group {name!r}, expected an array")
-    _check_stored(dataset, name, path)
-    array = np.asarray(dataset[()])
-    packed = [key for key, plain in _PACKED.items() if (np.asarray(dataset.attrs.get(key, plain)) != plain).any()]
-    if array.dtype.kind == "i" and str(dataset.attrs.get("_Unsigned", "false")).lower() == "true":
-        packed.append("_Unsigned")
-    if packed:
-        raise DataError(f"{path}: got a packed array {name!r} ({', '.join(packed)}), expected its true values")
-    for key in _MISSING:
-        if key in dataset.attrs and (missing := int(np.isin(array, dataset.attrs[key]).sum())):
-            value = np.ravel(dataset.attrs[key])[0]
-            raise DataError(f"{path}: {missing} values of {name!r} are missing ({key} = {value}), expected all")
-    return array
+def _check_member(member: zipfile.ZipInfo, name: str, path: Path) -> None:
+    if member.flag_bits & 1:
+        raise DataError(f"{path}: got {name!r} encrypted, expected an array that can be read without a password")
+    folds = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: DEFLATE}
+    if member.compress_type not in folds:
+        raise DataError(
+            f"{path}: got {name!r} compressed by method {member.compress_type} of zip files, expected none (0) or "
+            "deflate (8), which NumPy writes"
+        )
+    stored = min(member.compress_size, path.stat().st_size)
+    check_announced(path, repr(name), member.file_size, stored, folds[member.compress_type])
 
 
-def _check_stored(dataset: Any, name: str, path: Path) -> None:
-    """Refuse an array of which HDF5 would make up values: those of other files that are gone, or never written."""
-    if dataset.is_virtual:
-        raise DataError(f"{path}: got a virtual array {name!r}, made of others, expected one that has its own values")
-    if dataset.chunks:
-        need = math.prod(-(-side // chunk) for side, chunk in zip(dataset.shape, dataset.chunks, strict=True))
-        there = dataset.id.get_num_chunks()
-    else:
-        need, there = 1, int(dataset.id.get_storage_size() > 0)
-    if dataset.size and there < need:
-        raise DataError(f"{path}: got an array {name!r} of which {need - there} of {need} parts were never written")
+def _check_header(stored: IO[bytes], size: int, name: str, path: Path) -> None:
+    """Refuse an array whose header announces other bytes than there are, or what is no number."""
+    start = stored.read(10)
+    length = int.from_bytes(start[8:10], "little")
+    # The versions 2 and 3 are for headers that arrays of plain numbers do not have.
+    if not start.startswith(b"\x93NUMPY\x01\x00") or length > _LONGEST_HEADER:
+        raise DataError(
+            f"{path}: corrupt or truncated file ({name!r} starts with {start!r}, expected npy version 1.0 and a header "
+            f"of at most {_LONGEST_HEADER} bytes)"
+        )
+    header = io.BytesIO(start[8:] + stored.read(length))
+    shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+    check_type(dtype, name, path)
+    if any(side < 0 for side in shape):
+        raise DataError(f"{path}: got {name!r} of shape {list(shape)}, expected sides of at least 0")
+    expected = 10 + length + math.prod(shape) * dtype.itemsize
+    if size != expected:
+        raise DataError(f"{path}: corrupt or truncated file ({name!r} has {size} bytes, expected {expected})")
 
 
 def _data_axes(shape: tuple[int, ...], image: bool) -> tuple[bool, list[int]]:

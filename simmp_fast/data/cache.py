@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,14 +23,16 @@ from typing import Any, TypeVar
 import numpy as np
 
 from simmp_fast.config import ConfigError, from_mapping, to_mapping
-from simmp_fast.data.errors import DataError
+from simmp_fast.data.errors import DataError, reading, refuse_impossible
 from simmp_fast.data.formats import Array
-from simmp_fast.data.names import nfc
+from simmp_fast.data.names import listed, nfc
 from simmp_fast.data.preprocess import Geometry, Recipe
+from simmp_fast.documents import parse_json
 from simmp_fast.files import HashingWriter, sha256, write_json
 
 FORMAT, VERSION = "simmp_fast cache", 1
 MANIFEST, IMAGES, LABELS, NATIVE = "manifest.json", "images.npy", "labels.npy", "native_labels.bin"
+FILES = (MANIFEST, IMAGES, LABELS, NATIVE)
 SPLITS = ("train", "validation", "test")
 # What a stored value is multiplied with to give 0..1.
 SCALES = {"uint8": 1 / 255, "float16": 1.0}
@@ -157,25 +161,61 @@ class Case:
         self._cache, self._record = cache, record
 
     def image(self, index: int) -> Array:
-        """Slice `index` as the network sees it: float32 `[channels, S1, S1]` in 0..1."""
+        """Slice `index` as the network sees it: float32 `[channels, S1, S1]` in 0..1.
+
+        Raises:
+            DataError: a value that is not finite.
+        """
         image: Array = self.images[index].astype(np.float32) * np.float32(self._cache.image_scale)
+        if not np.isfinite(image).all():
+            path = self._cache.folder / IMAGES
+            raise DataError(f"{path}: damaged cache (case {self.id}, slice {index}: not finite); run prepare again")
         return image
+
+    def checked_labels(self) -> Array:
+        """`labels`, after a look at every one.
+
+        Raises:
+            DataError: labels that are no class.
+        """
+        self._check_classes(self.labels, LABELS)
+        return self.labels
 
     def native_labels(self) -> Array:
         """The labels at their own size: uint8 `[slices, h, w]`, in slice order.
 
         Raises:
-            DataError: the file is damaged.
+            DataError: the file is damaged, or holds labels that are no class.
         """
         path = self._cache.folder / NATIVE
         try:
             with open(path, "rb") as file:
                 file.seek(self._record.native_first)
-                content = zlib.decompress(file.read(self._record.native_bytes))
+                content = _decompressed(file.read(self._record.native_bytes), math.prod(self.native_shape))
             labels: Array = np.frombuffer(content, np.uint8).reshape(self.native_shape)
-            return labels
-        except (OSError, zlib.error, ValueError) as error:
+        except (OSError, OverflowError, zlib.error, ValueError) as error:
             raise DataError(f"{path}: damaged cache (case {self.id}: {error}); run prepare again") from None
+        self._check_classes(labels, NATIVE)
+        return labels
+
+    def _check_classes(self, labels: Array, name: str) -> None:
+        count = len(self._cache.classes)
+        if labels.max() >= count:
+            wrong = np.unique(labels)
+            found = ", ".join(str(value) for value in wrong[wrong >= count][:8])
+            raise DataError(
+                f"{self._cache.folder / name}: damaged cache (case {self.id}: got labels {found}, expected 0 to "
+                f"{count - 1}); run prepare again"
+            )
+
+
+def _decompressed(content: bytes, size: int) -> bytes:
+    """Exactly `size` bytes; more are an error before they take memory."""
+    decoder = zlib.decompressobj()
+    plain = decoder.decompress(content, size)
+    if len(plain) < size or decoder.decompress(decoder.unconsumed_tail, 1) or not decoder.eof:
+        raise ValueError(f"expected {size} pixels, got {'fewer' if len(plain) < size else 'more'}")
+    return plain
 
 
 class Cache:
@@ -217,15 +257,18 @@ class Cache:
             DataError: no cache, another version, or damage; the message names the file.
         """
         folder = Path(folder)
+        refuse_impossible(folder)
         manifest, checksum = _read_manifest(folder / MANIFEST)
         for name in (IMAGES, LABELS, NATIVE):
             path, record = folder / name, manifest.files[name]
             if not path.is_file():
                 raise DataError(f"{path}: missing from the cache; run prepare again")
-            if path.stat().st_size != record.bytes:
+            with reading(path):
                 size = path.stat().st_size
+                differs = verify and size == record.bytes and sha256(path) != record.sha256
+            if size != record.bytes:
                 raise DataError(f"{path}: damaged cache (got {size} bytes, expected {record.bytes}); run prepare again")
-            if verify and sha256(path) != record.sha256:
+            if differs:
                 raise DataError(f"{path}: damaged cache (its checksum differs); run prepare again")
         return cls(folder, manifest, checksum)
 
@@ -257,15 +300,17 @@ class Cache:
 def is_cache(folder: str | Path) -> bool:
     """Whether `folder` holds a cache of any version, damaged or not."""
     try:
-        content = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
-        return isinstance(content, dict) and content.get("format") == FORMAT
-    except (OSError, ValueError):
+        content = parse_json((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+    except OSError:
         return False
+    except ValueError:
+        return (Path(folder) / NATIVE).is_file()  # a name that nothing else has
+    return isinstance(content, dict) and content.get("format") == FORMAT
 
 
 def _read_manifest(path: Path) -> tuple[Manifest, str]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path.parent}: not a prepared cache ({MANIFEST}: {error.strerror}); run prepare") from None
     except ValueError as error:
@@ -278,16 +323,47 @@ def _read_manifest(path: Path) -> tuple[Manifest, str]:
     if checksum != _checksum(content):
         raise DataError(f"{path}: damaged cache (its checksum differs); run prepare again")
     try:
-        return from_mapping(Manifest, content), checksum
+        manifest = from_mapping(Manifest, content)
     except ConfigError as error:
         raise DataError(f"{path}: damaged cache ({error}); run prepare again") from None
+    for problem in _contradictions(manifest):
+        raise DataError(f"{path}: damaged cache ({problem}); run prepare again")
+    return manifest, checksum
+
+
+def _contradictions(manifest: Manifest) -> Iterator[str]:
+    """What no `CacheWriter` writes, as "got, expected"."""
+    if manifest.image_dtype not in SCALES:
+        yield f"image_dtype: got {manifest.image_dtype!r}, expected one of {', '.join(SCALES)}"
+    if missing := [name for name in (IMAGES, LABELS, NATIVE) if name not in manifest.files]:
+        yield f"files: got none named {', '.join(missing)}"
+    first = native_first = 0
+    for case in manifest.cases:
+        placed, where = case.geometry, f"case {case.id}"
+        if sorted(placed.order) != [0, 1, 2] or min((*placed.shape, *placed.slice_shape)) < 1:
+            yield f"{where}: got shape {list(placed.shape)} in the order {list(placed.order)}, expected three axes"
+        elif case.slices != placed.slice_shape[0]:
+            yield f"{where}: got {case.slices} slices, expected {placed.slice_shape[0]} as its geometry has"
+        if (case.first, case.native_first) != (first, native_first) or case.native_bytes < 1:
+            got = f"{case.native_bytes} bytes at {case.native_first}, slices at {case.first}"
+            yield f"{where}: got {got}, expected those that follow the case before it"
+        first, native_first = first + case.slices, native_first + case.native_bytes
+    if native_first != manifest.files[NATIVE].bytes:
+        yield f"files.{NATIVE}: got {manifest.files[NATIVE].bytes} bytes, expected {native_first} as its cases have"
+    ids = {case.id for case in manifest.cases}
+    if len(ids) != len(manifest.cases):
+        yield "cases: got one name twice"
+    if unknown := {name for names in manifest.splits.values() for name in names} - ids:
+        yield f"splits: got {listed(sorted(unknown))}, expected names of cases"
 
 
 def _mapped(path: Path, dtype: str, shape: tuple[int, ...]) -> Array:
     try:
-        array: Array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
+        array = np.load(path, mmap_mode="r")
+    except Exception as error:  # a damaged header meets Python's own parser
         raise DataError(f"{path}: damaged cache ({error}); run prepare again") from None
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{path}: damaged cache (got an archive, expected an array); run prepare again")
     if array.dtype != dtype or array.shape != shape:
         got = f"{array.dtype} {list(array.shape)}"
         raise DataError(f"{path}: damaged cache (got {got}, expected {dtype} {list(shape)}); run prepare again")

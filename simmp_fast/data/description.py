@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
+from simmp_fast.bounds import MAX_IMAGE_SIZE
 from simmp_fast.config import ConfigError, from_mapping, read_yaml
-from simmp_fast.data.names import is_utf8, nfc, printable
+from simmp_fast.data.names import listed, nfc
 from simmp_fast.data.preprocess import Intensity, Recipe
 from simmp_fast.data.sources import drawn
+from simmp_fast.messages import has_control, shown
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,10 @@ class SplitIds:
             object.__setattr__(self, part, tuple(map(nfc, getattr(self, part))))
         if not self.train:
             raise ConfigError("split_ids.train: got an empty list, expected at least one id")
-        listed = (*self.train, *self.validation, *self.test)
-        twice = sorted({i for i in listed if listed.count(i) > 1})
+        counts = Counter((*self.train, *self.validation, *self.test))
+        twice = sorted(i for i, count in counts.items() if count > 1)
         if twice:
-            raise ConfigError(f"split_ids: got {', '.join(twice)} more than once, expected each id in one list")
+            raise ConfigError(f"split_ids: got {listed(twice)} more than once, expected each id in one list")
 
     def assign(self, ids: Sequence[str]) -> dict[str, list[str]]:
         """The lists, if every id is one of `ids`; raises `ConfigError` otherwise."""
@@ -89,7 +91,7 @@ class SplitIds:
         for name, part in parts.items():
             unknown = sorted(set(part) - set(map(nfc, ids)))
             if unknown:
-                raise ConfigError(f"split_ids.{name}: no such cases: {', '.join(unknown)}")
+                raise ConfigError(f"split_ids.{name}: no such cases: {listed(unknown)}")
         return parts
 
 
@@ -129,11 +131,12 @@ class Description:
         for key in ("name", "image_suffix", "mask_suffix"):
             object.__setattr__(self, key, nfc(getattr(self, key)))
         object.__setattr__(self, "classes", tuple(map(nfc, self.classes)))
-        for text in (self.name, *self.classes):
-            if not is_utf8(text):
-                raise ConfigError(f"name and classes: got {printable(text)!r}, expected text that UTF-8 can hold")
         # The recipe has the checks of what the two share.
         Recipe(self.name, self.classes, self.channels, 1, Intensity("range", 0, 1), self.slice_axis)
+        for key in ("images", "masks"):
+            where = getattr(self, key)
+            if where is not None and has_control(where):
+                raise ConfigError(f"{key}: got {shown(where)}, expected a folder or a pattern, no control characters")
         for value, label in (self.mask_values or {}).items():
             if not 0 <= label < len(self.classes):
                 raise ConfigError(f"mask_values.{value}: got {label}, expected 0 to {len(self.classes) - 1}")
@@ -147,9 +150,6 @@ def read_description(path: str | Path) -> Description:
     Raises:
         ConfigError: no such file, not YAML, an unknown key, a wrong type or value; names the file and the key.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
-        got = "a folder" if os.path.isdir(path) else "a pipe or a device"
-        raise ConfigError(f"{path}: got {got}, expected a YAML file")
     mapping = read_yaml(path)
     try:
         return from_mapping(Description, mapping)
@@ -159,5 +159,7 @@ def read_description(path: str | Path) -> Description:
 
 def check_image_size(size: int, key: str = "image_size") -> None:
     """Raise `ConfigError`, which names `key`, for a side [S1] in pixels that the network cannot halve five times."""
-    if size < 32 or size % 32:
-        raise ConfigError(f"{key}: got {size}, expected a multiple of 32, at least 32")
+    if not 32 <= size <= MAX_IMAGE_SIZE or size % 32:
+        raise ConfigError(
+            f"{key}: got {shown(size)}, expected a multiple of 32, at least 32 and at most {MAX_IMAGE_SIZE}"
+        )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from simmp_fast.data.names import NOT_UTF8, is_utf8, printable
+from simmp_fast.data.names import name_problem
+from simmp_fast.folders import UnfinishedError
+from simmp_fast.messages import escaped, printable
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -28,6 +31,7 @@ class DataError(ValueError):
 @contextlib.contextmanager
 def reading(path: str | Path) -> Iterator[None]:
     """Turn an `OSError` of the block, such as a missing permission, into a `DataError` that names `path`."""
+    refuse_impossible(path)
     try:
         yield
     except OSError as error:
@@ -37,18 +41,30 @@ def reading(path: str | Path) -> Iterator[None]:
 @contextlib.contextmanager
 def disk_errors(path: str | Path) -> Iterator[None]:
     """Turn an `OSError` of the block, such as a full disk, into a `DataError` that names `path`, what was written."""
+    refuse_impossible(path)
     try:
         yield
     except OSError as error:
         reason = "the disk is full" if error.errno in _FULL else f"cannot be written ({error.strerror or error})"
-        raise DataError(f"{path}: {reason}; nothing was left behind") from error
+        state = "nothing was left behind"
+        if isinstance(error, UnfinishedError):
+            state = "all was written; run it again, and what is not in its place is moved there"
+        raise DataError(f"{path}: {reason}; {state}") from error
+
+
+def refuse_impossible(path: str | Path) -> None:
+    """Raise `DataError` if no file can have the name `path`, wherever it is."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise DataError(f"{path}: got a name that this system cannot write, expected another one") from None
+    if "\0" in str(path):
+        shown = str(path).replace("\0", "\\0")
+        raise DataError(f"{shown}: got a name with a NUL character, expected one without")
 
 
 def refuse_other_than_utf8(path: str | Path) -> None:
-    """Raise `DataError` if a name in `path` is not UTF-8."""
-    if not is_utf8(path):
-        raise DataError(f"{path}: {NOT_UTF8}")
-
-
-class Note(UserWarning):
-    """What is worth knowing of a file that can be used all the same; the command line shows it as a line."""
+    """Raise `DataError` if a name in `path` is not UTF-8, or none that a file can have."""
+    refuse_impossible(path)
+    if why := name_problem(path):
+        raise DataError(f"{escaped(str(path))}: {why}")

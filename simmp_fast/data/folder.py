@@ -11,9 +11,10 @@ from simmp_fast.config import ConfigError
 from simmp_fast.data.description import check_image_size, read_description
 from simmp_fast.data.errors import DataError, reading, refuse_other_than_utf8
 from simmp_fast.data.formats import ARRAYS, EXTENSIONS, PICTURES, Array, Volume, extension, read_image, read_label, stem
-from simmp_fast.data.names import NOT_UTF8, forms, is_utf8, listed, nfc
+from simmp_fast.data.names import forms, listed, name_problem, nfc
 from simmp_fast.data.preprocess import Intensity, Recipe
 from simmp_fast.data.sources import SourceCase, checked_label
+from simmp_fast.messages import escaped, why_no_file
 
 
 class FolderSource:
@@ -45,9 +46,10 @@ class FolderSource:
         self._unusable: dict[Path, str] = {}  # files that take part in the pairing, and why they cannot be read
         self._ignored: dict[Path, list[str]] = {}
         used = self._pair()
+        self.problems = list(map(escaped, self.problems))
         parents = {parent for file in used for parent in file.parents}
         self.left_out = [
-            f"{file}: {'; '.join(dict.fromkeys(whys))}"
+            escaped(f"{file}: {'; '.join(dict.fromkeys(whys))}")
             for file, whys in sorted(self._ignored.items())
             if file not in used and file not in parents and file != Path(path)
         ]
@@ -180,8 +182,5 @@ def _no_candidate(path: Path, suffix: str) -> str | None:
 
 def _why_unusable(path: Path, root: Path) -> str | None:
     """Why a file cannot be read whatever it holds, or None."""
-    if not is_utf8(path.relative_to(root) if path.is_relative_to(root) else path):
-        return NOT_UTF8
-    if path.is_file():
-        return None
-    return f"a link to {os.readlink(path)}, which is not there" if path.is_symlink() else "a pipe or a device, no file"
+    inside = path.relative_to(root) if path.is_relative_to(root) else path
+    return name_problem(inside) or why_no_file(path)

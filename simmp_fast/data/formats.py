@@ -14,9 +14,11 @@ import numpy as np
 
 from simmp_fast.data.array_files import read_arrays
 from simmp_fast.data.errors import DataError
+from simmp_fast.data.names import CONTROL
 from simmp_fast.data.nifti_files import read_nifti, write_nifti
 from simmp_fast.data.picture_files import read_picture
 from simmp_fast.data.volume import Array, Volume, library
+from simmp_fast.messages import escaped, has_control, one_line, why_no_file
 
 __all__ = [
     "ARRAYS", "EXTENSIONS", "NIFTI", "PICTURES", "Array", "Volume", "extension", "grey", "library", "read_image",
@@ -132,15 +134,17 @@ def _parsing(path: Path) -> Iterator[None]:
     except PermissionError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:
-        reason = str(error) or type(error).__name__
+        reason = one_line(str(error) or type(error).__name__)
         raise DataError(f"{path}: corrupt or truncated file ({reason})") from error
 
 
 def _read(path: Path, key: str, header_spacing: bool) -> Volume:
     """The array in a file, of any kind and in native byte order, with the checks that images and labels share."""
     kind = extension(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
+    if has_control(str(path)):
+        raise DataError(f"{escaped(str(path))}: {CONTROL}")
+    if why := why_no_file(path):
+        raise DataError(f"{path}: {why}")
     if not kind:
         raise DataError(f"{path}: unknown kind of file, expected one of {', '.join(EXTENSIONS)}")
     with _parsing(path):

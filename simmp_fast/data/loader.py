@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import copy
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +22,7 @@ from simmp_fast.data.augment import augment as augment_sample
 from simmp_fast.data.cache import Cache
 from simmp_fast.data.errors import DataError
 from simmp_fast.data.formats import Array
+from simmp_fast.signals import ignore, postponed
 
 Batch = tuple[Tensor, Tensor]
 
@@ -26,6 +31,7 @@ _ORDER, _SAMPLE = 1, 2
 
 _SHARED = Path("/dev/shm")  # where the batches of loading processes lie on Linux
 _PREFETCH = 2  # batches that each of them makes ahead
+_PATIENCE = 1.0  # seconds that one has to end by itself when its batches are no longer wanted
 _ADVICE = "set train.workers to 0 or to less, make batches smaller, or give a container more (docker run --shm-size=1g)"
 _LOST = ("DataLoader worker", "Pin memory thread", "Too many open files")
 
@@ -77,16 +83,51 @@ def _shared(batch: Batch) -> Batch | DataError:
     return batch
 
 
+class _Process(multiprocessing.Process):
+    """A loading process. It ignores the signals that ask to end, which a terminal or a batch system sends to it too:
+    the main process saves, and then ends it. So one that is stuck has to be killed.
+    """
+
+    def terminate(self) -> None:
+        """PyTorch's way to end a process that it has waited for in vain."""
+        self.kill()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait, at most as long as is worth it."""
+        super().join(None if timeout is None else min(timeout, _PATIENCE))
+
+
+def _kill_at_exit() -> None:
+    """Python ends its processes by SIGTERM, which these ignore, and waits for them without end."""
+    left = [process for process in multiprocessing.active_children() if isinstance(process, _Process)]
+    if left and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises for one that was killed
+    for process in left:
+        process.kill()
+
+
+atexit.register(_kill_at_exit)  # multiprocessing's own, registered by its import, comes after
+
+
+def _ignore_signals(_: int) -> None:
+    ignore()
+
+
 class SliceLoader:
     """The batches of one epoch, as an iterable with a length; trouble in a loading process is a `DataError`."""
 
     def __init__(self, batches: _Batches, workers: int) -> None:
+        context = copy.copy(multiprocessing.get_context()) if workers else None
+        if context is not None:
+            context.Process = _Process  # type: ignore[misc]
         self._loader = DataLoader(
             batches,
             batch_size=None,
             num_workers=workers,
             prefetch_factor=_PREFETCH if workers else None,
             pin_memory=torch.cuda.is_available(),
+            multiprocessing_context=context,
+            worker_init_fn=_ignore_signals,
         )
 
     def __len__(self) -> int:
@@ -94,7 +135,7 @@ class SliceLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         try:
-            with worker_errors():
+            with worker_errors(), postponed():  # until they ignore signals, processes inherit that none reaches them
                 batches = iter(self._loader)  # now and not at the first batch: it may draw from the global generator
         except OSError as error:
             workers = self._loader.num_workers
@@ -115,7 +156,11 @@ class SliceLoader:
                     raise batch
                 yield batch
         finally:
-            del batches  # ends its processes: a traceback would keep them
+            # Explicitly: a traceback would keep them, and `__del__` would print that one was killed meanwhile.
+            with contextlib.suppress(DataError), worker_errors():
+                if end := getattr(batches, "_shutdown_workers", None):
+                    end()
+            del batches
 
 
 @contextlib.contextmanager

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from simmp_fast.messages import escaped, has_control
+from simmp_fast.messages import printable as printable
+
 NOT_UTF8 = "its name is not UTF-8, expected one that is: rename it"
+CONTROL = "its name holds control characters, expected none: rename it"
 _LISTED, _REPORTED = 8, 20
 
 
@@ -21,25 +24,26 @@ def forms(text: str) -> list[str]:
     return list(dict.fromkeys((text, nfc(text), unicodedata.normalize("NFD", text))))
 
 
-def printable(text: str) -> str:
-    """`text` with every byte of a file's name that is not UTF-8 as ``\\xe9``, so that it can be printed and stored."""
-    escaped = re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:x}", text)
-    return escaped.encode("utf-8", "backslashreplace").decode()
-
-
 def is_utf8(path: str | Path) -> bool:
     """Whether every name in `path` is UTF-8: others can be neither printed nor written to JSON."""
-    return printable(str(path)) == str(path)
+    return str(path).encode("utf-8", "replace") == str(path).encode("utf-8", "surrogatepass")
+
+
+def name_problem(path: str | Path) -> str | None:
+    """Why the names in `path` can be neither printed nor kept, or None."""
+    if not is_utf8(path):
+        return NOT_UTF8
+    return CONTROL if has_control(str(path)) else None
 
 
 def listed(names: Iterable[str]) -> str:
     """The first few of `names`, and how many there are if there are more."""
-    every = list(names)
+    every = [escaped(name) for name in names]
     return ", ".join(every[:_LISTED]) + (f", ... ({len(every)} names)" if len(every) > _LISTED else "")
 
 
 def report(heading: str, names: Sequence[str]) -> str:
     """`heading`, and under it the first of many names, one a line, printable, and how many more there are."""
-    lines = [f"  {name}" for name in names[:_REPORTED]]
+    lines = [f"  {escaped(name)}" for name in names[:_REPORTED]]
     more = [f"  ... and {len(names) - len(lines)} more"] if len(names) > len(lines) else []
     return printable("\n".join([heading, *lines, *more]))

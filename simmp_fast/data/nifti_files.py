@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from simmp_fast.data.errors import DataError, disk_errors
-from simmp_fast.data.volume import Array, Volume, library
+from simmp_fast.data.volume import DEFLATE, Array, Volume, check_announced, library, noting
 from simmp_fast.files import atomic_file
 
 _NIFTI2 = (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")  # the header's own size, 540
+_HEADER = 540  # bytes of the longer one
+_SPARE = 2**20  # bytes that may follow the voxels, without meaning
 _MILLIMETRES = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # unknown, metres, millimetres, microns
 _TOLERANCE = 0.01  # by which the voxel size of header and affine may differ
 
@@ -31,16 +33,10 @@ def read_nifti(path: Path, label: bool, header_spacing: bool) -> Volume:
             contradict each other.
     """
     nibabel = library("nibabel", path)
-    content = path.read_bytes()
-    if path.name.lower().endswith(".gz"):
-        # All of it, to the end: only there does gzip compare the checksum.
-        content = gzip.decompress(content)
-    kind = nibabel.Nifti2Image if content[:4] in _NIFTI2 else nibabel.Nifti1Image
-    image = kind.from_bytes(content)
-    # Once more, unchecked: nibabel's checks replace sides that are no lengths.
-    header = kind.header_class(content[: kind.header_class.sizeof_hdr], check=False)
-    _check_data(header, len(content), path)
+    kind, header, content = _content(nibabel, path)
     sides, unit = _sides(header, path), _unit(header, path)
+    with noting(path, "nibabel.global"):
+        image = kind.from_bytes(content)
     array, affine = np.asanyarray(image.dataobj), np.asarray(image.affine, np.float64).copy()
     if array.dtype.names:
         raise DataError(f"{path}: got {len(array.dtype)} values a voxel (colour), expected one")
@@ -83,17 +79,50 @@ def write_nifti(path: str | Path, array: Array, affine: Array) -> None:
         temporary.write_bytes(content)
 
 
-def _check_data(header: Any, size: int, path: Path) -> None:
-    """Refuse a header whose voxels would lie in the header itself, or beyond the end of the file."""
-    start, shape = int(header["vox_offset"]), header.get_data_shape()
+def _content(nibabel: Any, path: Path) -> tuple[Any, Any, bytes]:
+    """The kind of image, its header unchecked, and all bytes of the file, unpacked: as many as the header announces.
+
+    Of nibabel's own checks none is wanted here: they replace sides that are no lengths.
+    """
+    size = path.stat().st_size
+    packed = path.name.lower().endswith(".gz")
+    with gzip.open(path) if packed else open(path, "rb") as file:
+        start = file.read(_HEADER)
+        kind = nibabel.Nifti2Image if start[:4] in _NIFTI2 else nibabel.Nifti1Image
+        header = kind.header_class(start[: kind.header_class.sizeof_hdr], check=False)
+        need = _announced(header, size, packed, path)
+        content = start + file.read(max(0, need - len(start)))
+        # Only at its end does gzip compare the checksum.
+        if packed and len(file.read(_SPARE)) == _SPARE:
+            raise DataError(f"{path}: got over {need + _SPARE} bytes, expected {need} as its header says")
+    if len(content) < need:
+        got = f"got {len(content)} bytes, expected {need} as its header says"
+        raise DataError(f"{path}: corrupt or truncated file ({got})")
+    return kind, header, content
+
+
+def _announced(header: Any, size: int, packed: bool, path: Path) -> int:
+    """How many bytes the header says there are, if that many can be there and be worked with.
+
+    Its voxels lie neither in the header itself nor beyond the end of the file.
+    """
+    if (length := int(header["sizeof_hdr"])) != header.sizeof_hdr:
+        raise DataError(f"{path}: corrupt or truncated file (a header of {length} bytes, expected {header.sizeof_hdr})")
+    start, shape = int(header["vox_offset"]), [int(side) for side in header.get_data_shape()]
     if start < header.sizeof_hdr:
         raise DataError(
             f"{path}: got voxels from byte {start} on (vox_offset), expected them behind the header of "
             f"{header.sizeof_hdr} bytes; is it one of a pair of files (hdr and img)?"
         )
-    end = start + math.prod(map(int, shape)) * header.get_data_dtype().itemsize
-    if end > size:
-        raise DataError(f"{path}: corrupt or truncated file (got {size} bytes, expected {end} as its header says)")
+    if any(side < 0 for side in shape):
+        raise DataError(f"{path}: got an array of shape {shape}, expected sides of at least 0")
+    need = start + math.prod(shape) * header.get_data_dtype().itemsize
+    if not packed and need > size:
+        raise DataError(f"{path}: corrupt or truncated file (got {size} bytes, expected {need} as its header says)")
+    check_announced(path, "its header", need, size, DEFLATE)
+    scaled = header.get_slope_inter()[0] not in (None, 1)
+    check_announced(path, "its header", math.prod(shape) * 8 if scaled else need)
+    return need
 
 
 def _sides(header: Any, path: Path) -> Array:

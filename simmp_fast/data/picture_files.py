@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL.PngImagePlugin import PngImageFile
 from simmp_fast.data.errors import DataError
 from simmp_fast.data.picture_rules import as_volume, check_size, one_picture
 from simmp_fast.data.tiff_files import TIFF_STARTS, read_tiff
-from simmp_fast.data.volume import Array, Volume, library
+from simmp_fast.data.volume import DEFLATE, Array, Volume, check_announced, library, read_content
 
 # Pillow's classes themselves: `Image.open` refuses pictures of more than 179 million pixels. A photo of two views (MPO)
 # starts as a JPEG file, and is read as its first picture.
@@ -37,7 +38,7 @@ def read_picture(path: Path, label: bool) -> Volume:
     Raises:
         DataError: colours, channels or numbers that a network has no use for; the parsers' own errors, otherwise.
     """
-    content = path.read_bytes()
+    content = read_content(path)
     if content.startswith(TIFF_STARTS):
         return read_tiff(path, content, label)
     kind = next((kind for start, kind in _KINDS.items() if content.startswith(start)), None)
@@ -45,6 +46,9 @@ def read_picture(path: Path, label: bool) -> Volume:
         raise DataError(f"{path}: corrupt or truncated file, or of another kind than PNG, JPEG, TIFF or BMP")
     with kind(io.BytesIO(content)) as picture:
         check_size(path, *picture.size)
+        if kind in (PngImageFile, BmpImageFile):
+            announced = math.prod(picture.size) * _pixel_bits(kind, content, len(picture.getbands())) // 8
+            check_announced(path, "its header", announced, len(content), DEFLATE)
         one_picture(path, getattr(picture, "n_frames", 1))
         bits = content[24] if kind is PngImageFile else 8  # in the PNG header, the bits of a channel
         orientation = _orientation(picture)
@@ -60,6 +64,11 @@ def read_picture(path: Path, label: bool) -> Volume:
     if kind is BmpImageFile and alpha is None:
         alpha = _spare_bytes(content, *picture.size)
     return as_volume(path, values, alpha, 65535 if bits == 16 else 255, orientation, bits, label)
+
+
+def _pixel_bits(kind: type[ImageFile], content: bytes, bands: int) -> int:
+    """Bits of a pixel of a PNG or BMP file, as its header has them."""
+    return content[24] * bands if kind is PngImageFile else int.from_bytes(content[28:30], "little")
 
 
 def _orientation(picture: ImageFile) -> int:

@@ -14,13 +14,14 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from simmp_fast.data.cache import Cache, CacheWriter, is_cache
+from simmp_fast.data.cache import FILES, MANIFEST, Cache, CacheWriter, is_cache
 from simmp_fast.data.errors import DataError, disk_errors, reading, refuse_other_than_utf8
 from simmp_fast.data.formats import Array
-from simmp_fast.data.names import report
+from simmp_fast.data.names import listed, report
 from simmp_fast.data.preprocess import Recipe, network_input, normalised_slices, resize_label, to_slices
 from simmp_fast.data.sources import Source, SourceCase
-from simmp_fast.files import atomic_folder
+from simmp_fast.files import check_length
+from simmp_fast.folders import atomic_folder, finish_folder, others
 
 T = TypeVar("T")
 
@@ -35,7 +36,8 @@ def prepare(
 
     Args:
         source: the data set, from `open_source`.
-        out_folder: the cache's folder; it appears when it is complete, and not before.
+        out_folder: the cache's folder; it appears when it is complete, and not before. One that is there must be empty
+            (or hold a cache, with `force`). What was killed as it moved a whole cache into its place is completed.
         image_size: side of the network's square in pixels [S1].
         force: replace a cache that is already there.
         progress: show progress bars where standard error is a terminal.
@@ -47,6 +49,7 @@ def prepare(
     out = Path(out_folder)
     refuse_other_than_utf8(out)
     with disk_errors(out):
+        finish_folder(out, MANIFEST)
         _refuse_existing(out, force)
         _refuse_unwritable(out)
     recipe = source.recipe(image_size)
@@ -58,7 +61,11 @@ def prepare(
     eight_bit = all(found[case.id][1] == np.uint8 for case in cases)
     slices = sum(found[case.id][0] for case in cases)
     dtype = "uint8" if eight_bit else "float16"
-    with disk_errors(out), atomic_folder(out) as folder, CacheWriter(folder, recipe, slices, dtype) as writer:
+    with (
+        disk_errors(out),
+        atomic_folder(out, replace=force, last=MANIFEST) as folder,
+        CacheWriter(folder, recipe, slices, dtype) as writer,
+    ):
         for case in _bar(cases, "writing", progress):
             _write(case, recipe, writer)
         writer.finish(splits)
@@ -138,13 +145,17 @@ def _refuse_existing(out: Path, force: bool) -> None:
     if is_cache(out):
         if not force:
             raise DataError(f"{out}: already holds a prepared cache; use force to replace it")
-    elif any(out.iterdir()):
+        if found := others(out, FILES):
+            raise DataError(f"{out}: holds {listed(found)} beside the cache to replace, expected a cache alone")
+    elif others(out):
         raise DataError(f"{out}: the folder holds other files, expected a new or an empty one")
 
 
 def _refuse_unwritable(out: Path) -> None:
-    """Raise `OSError` where `out` cannot be made: before hours of reading rather than after."""
-    place = next(parent for parent in Path(os.path.realpath(out)).parents if parent.exists())
+    """Raise `OSError` where `out` cannot be made or filled: before hours of reading rather than after."""
+    real = Path(os.path.realpath(out))
+    check_length(real)
+    place = next(path for path in (real, *real.parents) if os.path.exists(path))
     if not place.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     if not os.access(place, os.W_OK | os.X_OK):

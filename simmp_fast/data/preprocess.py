@@ -11,15 +11,19 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import ndimage
 
+from simmp_fast.bounds import MAX_IMAGE_SIZE
 from simmp_fast.config import ConfigError
 from simmp_fast.data.errors import DataError
 from simmp_fast.data.formats import Array, Volume, grey, library
+from simmp_fast.data.names import is_utf8
+from simmp_fast.messages import has_control, shown
 
 # The directions in which the indices of (slice, row, column) grow: pictures show the front or the head on top and the
 # patient's right on the left, as radiologists look at them.
 SLICE_AXES = {"axial": "SPL", "coronal": "AIL", "sagittal": "RIP"}
 
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+_LONGEST_NAME = 200  # characters
 _NEXT_TO_NOTHING = 0.01  # of 0..1: less contrast is no picture, but values in another unit than the rule's
 
 
@@ -121,11 +125,24 @@ class Recipe:
         if self.channels not in (1, 3):
             raise ConfigError(f"channels: got {self.channels}, expected 1 or 3")
         if not 2 <= len(self.classes) <= 256 or len(set(self.classes)) != len(self.classes):
-            raise ConfigError(f"classes: got {list(self.classes)}, expected 2 to 256 different names, background first")
-        if self.image_size < 1:
-            raise ConfigError(f"image_size: got {self.image_size}, expected at least 1")
+            got = f"{len(self.classes)} names, {shown(list(self.classes))}"
+            raise ConfigError(f"classes: got {got}, expected 2 to 256 different names, background first")
+        for key, text in (("name", self.name), *(("classes", text) for text in self.classes)):
+            _check_text(key, text)
+        if not 1 <= self.image_size <= MAX_IMAGE_SIZE:
+            raise ConfigError(f"image_size: got {shown(self.image_size)}, expected 1 to {MAX_IMAGE_SIZE}")
         if self.slice_axis not in SLICE_AXES:
             raise ConfigError(f"slice_axis: got {self.slice_axis!r}, expected one of {', '.join(SLICE_AXES)}")
+
+
+def _check_text(key: str, text: str) -> None:
+    """Refuse a name that tables, pictures and terminals cannot show."""
+    if not is_utf8(text):
+        raise ConfigError(f"{key}: got {shown(text)}, expected text that UTF-8 can hold")
+    if has_control(text):
+        raise ConfigError(f"{key}: got {shown(text)}, expected text without control characters")
+    if not text.strip() or len(text) > _LONGEST_NAME:
+        raise ConfigError(f"{key}: got {shown(text)} ({len(text)} characters), expected 1 to {_LONGEST_NAME}")
 
 
 @dataclass(frozen=True)

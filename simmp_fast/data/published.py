@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from simmp_fast.data.errors import DataError, reading
-from simmp_fast.data.names import NOT_UTF8, is_utf8, listed, nfc
+from simmp_fast.data.names import listed, name_problem, nfc
 from simmp_fast.data.preprocess import Intensity, Recipe
 from simmp_fast.data.sources import SourceCase
+from simmp_fast.messages import escaped
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def files_below(folder: Path) -> list[Path]:
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder")
         found = sorted(_walk(folder))
-    if strange := [f"{file}: {NOT_UTF8}" for file in found if not is_utf8(file.relative_to(folder))]:
+    if strange := [f"{escaped(str(file))}: {why}" for file in found if (why := name_problem(file.relative_to(folder)))]:
         raise DataError.listing(f"{folder}: cannot be used", strange)
     return found
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from simmp_fast.config import ConfigError
 from simmp_fast.data.acdc import acdc
 from simmp_fast.data.demo import DemoSource
-from simmp_fast.data.errors import refuse_other_than_utf8
+from simmp_fast.data.errors import reading, refuse_other_than_utf8
 from simmp_fast.data.folder import FolderSource
 from simmp_fast.data.isic2018 import isic2018
 from simmp_fast.data.segpc2021 import segpc2021
 from simmp_fast.data.sources import Source
 from simmp_fast.data.synapse import synapse
+from simmp_fast.messages import shown
 
 SOURCES: dict[str, Callable[[], Source]] = {"demo": DemoSource}
 # Data sets that are downloaded elsewhere: each takes the folder of the download.
@@ -45,7 +47,8 @@ def open_source(name: str | Path, folder: str | Path | None = None, split: str |
         if folder is None:
             raise ConfigError(f"source: missing, expected the folder of the {key} download (--source)")
         refuse_other_than_utf8(folder)
-        return acdc(Path(folder), split) if split is not None else DOWNLOADS[key](Path(folder))
+        with reading(folder):
+            return acdc(Path(folder), split) if split is not None else DOWNLOADS[key](Path(folder))
     if folder is not None:
         raise ConfigError(f"source: got {str(folder)!r}, expected none: only {', '.join(DOWNLOADS)} take a folder")
     if key in SOURCES:
@@ -53,5 +56,5 @@ def open_source(name: str | Path, folder: str | Path | None = None, split: str |
     if Path(name).suffix.lower() in (".yaml", ".yml"):
         return FolderSource(name)
     known = ", ".join(sorted((*SOURCES, *DOWNLOADS)))
-    what = "a folder, " if Path(name).is_dir() else ""
-    raise ConfigError(f"data set: got {key!r}, {what}expected one of {known}, or the path of a .yaml file")
+    what = "a folder, " if os.path.isdir(name) else ""
+    raise ConfigError(f"data set: got {shown(key)}, {what}expected one of {known}, or the path of a .yaml file")

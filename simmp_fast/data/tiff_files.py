@@ -12,23 +12,25 @@ import numpy as np
 
 from simmp_fast.data.errors import DataError
 from simmp_fast.data.picture_rules import as_volume, check_size, one_picture
-from simmp_fast.data.volume import Array, Volume, library
+from simmp_fast.data.volume import DEFLATE, Array, Volume, check_announced, library, noting
 
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _ORIENTATION = 274
 _NODATA = 42113  # GDAL's: the value of missing pixels, as text
-_JPEG = 7
+_NONE, _JPEG, _DEFLATE, _OLD_DEFLATE = 1, 7, 8, 32946
 _COLOURS = {"MINISWHITE": 1, "MINISBLACK": 1, "PALETTE": 1, "RGB": 3, "YCBCR": 3}  # and how many samples they have
 _ALPHA = ("ASSOCALPHA", "UNASSALPHA")
 
 
 def read_tiff(path: Path, content: bytes, label: bool) -> Volume:
     """The picture in a TIFF file; arguments, values and errors as `picture_files.read_picture`."""
-    with library("tifffile", path).TiffFile(io.BytesIO(content)) as file:
+    tifffile = library("tifffile", path)
+    with noting(path, "tifffile"), tifffile.TiffFile(io.BytesIO(content)) as file:
         page = _page(file, path)
         check_size(path, page.imagewidth, page.imagelength * page.imagedepth)
         base = _check(page, path)
         _check_segments(page, len(content), path)
+        _check_announced(page, len(content), path)
         array, bits = _samples_last(page), page.bitspersample
         alpha = array[..., base] if page.samplesperpixel > base else None
         values = array[..., 0] if base == 1 else array[..., :base]
@@ -105,6 +107,15 @@ def _check_segments(page: Any, size: int, path: Path) -> None:
     good = sum(1 for offset, count in segments if offset > 0 and count > 0 and offset + count <= size)
     if good < need or good < len(segments):
         raise DataError(f"{path}: corrupt or truncated file ({good} of {need} strips or tiles are there)")
+
+
+def _check_announced(page: Any, size: int, path: Path) -> None:
+    """Refuse a picture that its `size` bytes cannot hold, or of strips or tiles that memory cannot."""
+    fold = {_NONE: 1, _DEFLATE: DEFLATE, _OLD_DEFLATE: DEFLATE}.get(int(page.compression))
+    packed = page.imagewidth * page.imagelength * page.samplesperpixel * page.bitspersample // 8
+    if fold is not None:
+        check_announced(path, "its header", packed, size, fold)
+    check_announced(path, "its header", math.prod(page.chunked) * math.prod(page.chunks) * page.dtype.itemsize)
 
 
 def _check_missing(page: Any, values: Array, path: Path) -> None:

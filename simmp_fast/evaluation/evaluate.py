@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from simmp_fast.data.errors import DataError
 from simmp_fast.data.names import nfc
 from simmp_fast.data.preprocess import Intensity, resize_label
-from simmp_fast.evaluation.inference import Slice, check_network, segment
+from simmp_fast.evaluation.inference import NotFiniteError, Slice, check_network, segment
 from simmp_fast.evaluation.protocols import Protocol, get_protocol
 from simmp_fast.evaluation.report import Evaluation, Row
 
@@ -56,7 +56,8 @@ def evaluate(
 
     Raises:
         DataError: an unknown or empty split, a model of another number of classes or channels or another image size,
-            or cases with and without spacing under a protocol in millimetres.
+            cases with and without spacing under a protocol in millimetres, weights or outputs of the network that are
+            not finite, or values of the cache that are not finite or no class.
         ValueError: an unknown protocol or precision.
     """
     rule = get_protocol(protocol)
@@ -67,7 +68,7 @@ def evaluate(
     count = len(cache.classes)
     rows: list[Row] = []
     options: dict[str, Any] = {"batch_size": batch_size, "device": device, "precision": precision, "mirror": mirror}
-    with closing(segment(model, slices, count, **options)) as maps:
+    with _named(cases), closing(segment(model, slices, count, **options)) as maps:
         for case, predicted in _by_case(cases, maps):
             rows += _score(case, predicted, cache.classes, rule)
     return Evaluation(cache.name, split, rule, tuple(cache.classes), tuple(rows), cache.checksum)
@@ -100,7 +101,7 @@ def case_dice(
         numbers in 0..1.
 
     Raises:
-        DataError: an unknown or empty split, or a model of another number of classes or channels or another image size.
+        DataError: as in `evaluate`.
     """
     _check_fits(model, cache)
     cases = _cases(cache, split)[rank::ranks]
@@ -108,9 +109,9 @@ def case_dice(
     count = len(cache.classes)
     means = []
     options: dict[str, Any] = {"batch_size": batch_size, "device": device, "precision": precision}
-    with closing(segment(model, slices, count, **options)) as maps:
+    with _named(cases), closing(segment(model, slices, count, **options)) as maps:
         for case, predicted in _by_case(cases, maps):
-            confusion = _confusion(predicted, case.labels, count)
+            confusion = _confusion(predicted, case.checked_labels(), count)
             total = (confusion.sum(0) + confusion.sum(1))[1:]
             present = total > 0
             if present.any():
@@ -209,6 +210,18 @@ def _slices(cases: Iterable[Case]) -> Iterator[Slice]:
     for case in cases:
         for index in range(case.slices):
             yield case.image(index)
+
+
+@contextmanager
+def _named(cases: Sequence[Case]) -> Iterator[None]:
+    """Say of which case and slice a network's output is not finite."""
+    try:
+        yield
+    except NotFiniteError as error:
+        places = [(case, index) for case in cases for index in range(case.slices)]
+        case, index = places[error.index]
+        message = f"case {case.id}, slice {index} ({case.source}): the network's output is not finite"
+        raise DataError(f"{message}, expected numbers") from error
 
 
 def _by_case(cases: Iterable[Case], maps: Iterator[NDArray[np.uint8]]) -> Iterator[tuple[Case, NDArray[np.uint8]]]:

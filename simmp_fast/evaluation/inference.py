@@ -29,6 +29,18 @@ _SHORTAGE = "not enough memory"
 _NO_MEMORY = (_SHORTAGE, "DefaultCPUAllocator", "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
+class NotFiniteError(DataError):
+    """The network's output for a slice holds NaN or infinities.
+
+    Attributes:
+        index: the slice's place in the stream.
+    """
+
+    def __init__(self, index: int) -> None:
+        super().__init__(f"model: its output for slice {index} is not finite, expected numbers")
+        self.index = index
+
+
 def memory_shortage(error: BaseException) -> str | None:
     """In a sentence, that memory ran out, if that is what `error` says; None for any other error."""
     text = str(error)
@@ -42,13 +54,15 @@ def memory_shortage(error: BaseException) -> str | None:
 
 
 def check_network(model: nn.Module, name: str, *, classes: int, in_channels: int, image_size: int) -> None:
-    """Raise `DataError` unless a network that states its configuration was made for data of these sizes.
+    """Raise `DataError` unless a network has finite weights, and was made for data of these sizes if it states its own.
 
     Args:
         model: the network; one without `config` is taken as it is.
         name: of the data set, for the message.
         classes, in_channels, image_size: as the data have them.
     """
+    if (damaged := _not_finite(model)) is not None:
+        raise DataError(f"model: {damaged} is not finite, expected weights that are numbers")
     config = getattr(model, "config", None)
     needs = {"classes": classes, "in_channels": in_channels, "image_size": image_size}
     wrong = {key: getattr(config, key, need) for key, need in needs.items() if getattr(config, key, need) != need}
@@ -56,6 +70,18 @@ def check_network(model: nn.Module, name: str, *, classes: int, in_channels: int
         got = ", ".join(f"{key} {value}" for key, value in wrong.items())
         need = ", ".join(f"{key} {needs[key]}" for key in wrong)
         raise DataError(f"model: got {got}, expected {need} as the data set {name!r} has")
+
+
+@torch.no_grad()
+def _not_finite(model: nn.Module) -> str | None:
+    """The name of the first parameter or buffer with NaN or infinities; the device is asked once."""
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    tensors = {name: tensor for name, tensor in named if tensor.is_floating_point()}
+    if not tensors:
+        return None
+    place = model_device(model)
+    finite = torch.stack([tensor.isfinite().all().to(place) for tensor in tensors.values()]).cpu()
+    return None if finite.all() else list(tensors)[int(finite.int().argmin())]
 
 
 @contextmanager
@@ -76,7 +102,6 @@ def model_device(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
-@torch.inference_mode()
 def class_probabilities(
     model: nn.Module, images: Tensor, *, mirror: bool = False, precision: str = "float32"
 ) -> Tensor:
@@ -92,18 +117,29 @@ def class_probabilities(
         float32 `[B, classes, S1, S1]`.
 
     Raises:
+        NotFiniteError: an output of NaN or infinities.
         ValueError: an unknown precision.
     """
+    return _finite_probabilities(model, images, mirror, precision, first=0)
+
+
+@torch.inference_mode()
+def _finite_probabilities(model: nn.Module, images: Tensor, mirror: bool, precision: str, first: int) -> Tensor:
+    """As `class_probabilities`; the images are the stream's slices from number `first` on."""
     check_choice("precision", precision, PRECISIONS)
     views = MIRRORS if mirror else MIRRORS[:1]
     total: Tensor | None = None
+    finite = torch.ones(len(images), dtype=torch.bool, device=images.device)
     for axes in views:
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
             heads = model(torch.flip(images, axes) if axes else images)
         logits = torch.stack([head.float() for head in heads]).sum(0)
+        finite &= logits.isfinite().flatten(1).all(1)
         probabilities = torch.flip(torch.softmax(logits, dim=1), axes) if axes else torch.softmax(logits, dim=1)
         total = probabilities if total is None else total + probabilities
     assert total is not None
+    if not finite.all():
+        raise NotFiniteError(first + int(finite.int().argmin()))
     return total / len(views)
 
 
@@ -133,7 +169,7 @@ def segment(
         uint8 `[S1, S1]`.
 
     Raises:
-        DataError: a model of another number of classes.
+        DataError: a model of another number of classes, or (`NotFiniteError`) an output of NaN or infinities.
         ValueError: an option that does not fit.
     """
     with closing(_batches(model, slices, classes, batch_size, device, precision, mirror)) as batches:
@@ -173,11 +209,12 @@ def _batches(
     place = model_device(model) if device is None else torch.device(device)
     if getattr(getattr(model, "config", None), "variant", None) == "released":
         batch_size = 1  # this variant treats the first image of a batch apart: one slice at a time, as it was evaluated
-    stream = iter(slices)
+    stream, done = iter(slices), 0
     with evaluating(model):
         while chunk := list(itertools.islice(stream, batch_size)):
             images = torch.from_numpy(np.stack(chunk).astype(np.float32, copy=False)).to(place)
-            probabilities = class_probabilities(model, images, mirror=mirror, precision=precision)
+            probabilities = _finite_probabilities(model, images, mirror, precision, first=done)
+            done += len(chunk)
             if probabilities.shape[1] != classes:
                 raise DataError(f"model: got {probabilities.shape[1]} classes, expected {classes} as the data has")
             yield probabilities

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
@@ -15,13 +16,20 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
-from simmp_fast.data.errors import DataError, disk_errors, reading
+from simmp_fast.data.errors import DataError, disk_errors, reading, refuse_impossible
 from simmp_fast.data.formats import NIFTI, PICTURES, Volume, extension, read_image, stem
 from simmp_fast.data.names import report
 from simmp_fast.data.preprocess import Geometry, Recipe, from_slices, network_input, resize_label, to_slices
-from simmp_fast.evaluation.inference import check_network, memory_shortage, segment, segment_probabilities
+from simmp_fast.evaluation.inference import (
+    NotFiniteError,
+    check_network,
+    memory_shortage,
+    segment,
+    segment_probabilities,
+)
 from simmp_fast.evaluation.label_files import write_label_map, write_probabilities
 from simmp_fast.evaluation.report import check_folder
+from simmp_fast.files import check_length, remove_leftovers
 from simmp_fast.pictures import Sample, save_overlays
 
 OVERLAY_SLICES = 4
@@ -85,9 +93,10 @@ def predict(
         the files written, image by image.
 
     Raises:
-        DataError: nothing to read, an output in the way, a bad file, or a model of another number of classes or
-            channels or another image size than `description`. In a folder the good files are done all the same, and
-            the error at the end names the bad ones, and those for which memory was short.
+        DataError: nothing to read, an output in the way, a bad file, a network whose weights, or output for a file, are
+            not finite, or one of another number of classes or channels or another image size than `description`. In a
+            folder the good files are done all the same, and the error at the end names the bad ones, and those for
+            which memory was short.
         MemoryError: memory was short for a single file; names it.
     """
     source, target = Path(input_path), Path(output_path)
@@ -98,12 +107,15 @@ def predict(
         in_channels=description.channels,
         image_size=description.image_size,
     )
-    folder = source.is_dir()
+    refuse_impossible(target)
+    with reading(source):
+        folder = source.is_dir()
     jobs = _folder_jobs(source, target) if folder else [_file_job(source, target)]
     jobs = [_with_extras(job, probabilities, overlays) for job in jobs]
     if clashes := list(_clashes(jobs)):
         raise DataError.listing(f"{source}: images whose outputs would have one name", clashes)
     check_folder(jobs[0].labels.parent)
+    remove_leftovers(jobs[0].labels.parent)
     options = {"batch_size": batch_size, "device": device, "precision": precision, "mirror": mirror}
     written: list[Path] = []
     problems: list[str] = []
@@ -111,6 +123,11 @@ def predict(
         try:
             _refuse_existing(job, overwrite)
             _run(model, description, job, options, progress and not folder)
+        except NotFiniteError as error:
+            message = f"{job.source}: slice {error.index}: the network's output is not finite, expected numbers"
+            if not folder:
+                raise DataError(message) from error
+            problems.append(message)
         except DataError as error:
             if not folder:
                 raise
@@ -183,12 +200,16 @@ def _default_name(source: Path) -> str:
 
 def _file_job(source: Path, target: Path) -> _Job:
     """The job of one file; `target` is the label map or a folder."""
-    if not source.exists():
+    with reading(source):
+        missing = not source.exists()
+    if missing:
         raise DataError(f"{source}: no such file or folder")
     kind = extension(source)
     if kind not in NIFTI + PICTURES:
         raise DataError(f"{source}: unknown kind of file, expected one of {', '.join(NIFTI + PICTURES)}")
-    if target.is_dir() or not target.suffix:
+    with disk_errors(target):
+        inside = target.is_dir() or not target.suffix
+    if inside:
         target = target / _default_name(source)
     allowed = NIFTI if kind in NIFTI else (".png",)
     if not target.name.endswith(allowed):
@@ -198,9 +219,11 @@ def _file_job(source: Path, target: Path) -> _Job:
 
 def _folder_jobs(source: Path, target: Path) -> list[_Job]:
     """One job for each image in a folder; `target` is the folder of the label maps."""
-    if target.resolve() == source.resolve():
+    if os.path.realpath(target) == os.path.realpath(source):
         raise DataError(f"{target}: is the folder of the images, expected another one for the label maps")
-    if target.exists() and not target.is_dir():
+    with disk_errors(target):
+        in_the_way = target.exists() and not target.is_dir()
+    if in_the_way:
         raise DataError(f"{target}: is a file, expected a folder as {source} is one")
     with reading(source):
         visible = [path for path in sorted(source.iterdir()) if not path.name.startswith(".")]
@@ -208,7 +231,8 @@ def _folder_jobs(source: Path, target: Path) -> list[_Job]:
     jobs = [_Job(path, target / _default_name(path), None, None) for path in files]
     if not jobs:
         raise DataError(f"{source}: no image in this folder, expected files of kind {', '.join(NIFTI + PICTURES)}")
-    _say_left_out(source, [path for path in visible if path not in files and path.resolve() != target.resolve()])
+    output = os.path.realpath(target)
+    _say_left_out(source, [path for path in visible if path not in files and os.path.realpath(path) != output])
     return jobs
 
 
@@ -240,9 +264,12 @@ def _with_extras(job: _Job, probabilities: bool, overlays: bool) -> _Job:
 
 
 def _refuse_existing(job: _Job, overwrite: bool) -> None:
-    if job.source.resolve() in [path.resolve() for path in job.outputs]:
+    if os.path.realpath(job.source) in map(os.path.realpath, job.outputs):
         raise DataError(f"{job.source}: is also the output, expected another file for the label map")
-    with disk_errors(job.labels):
-        there = [str(path) for path in job.outputs if path.exists()]
+    there = []
+    for path in job.outputs:
+        with disk_errors(path):
+            check_length(path)
+            there += [str(path)] if os.path.lexists(path) else []
     if there and not overwrite:
         raise DataError(f"{', '.join(there)}: already there; overwrite replaces it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import os
 from collections import defaultdict
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simmp_fast.config import ConfigError, read_json
-from simmp_fast.data.errors import DataError, disk_errors
+from simmp_fast.data.errors import DataError, disk_errors, reading
 from simmp_fast.evaluation.metrics import METRICS, Measurement
 from simmp_fast.evaluation.protocols import Protocol
-from simmp_fast.files import atomic_file, write_json
+from simmp_fast.files import atomic_files, check_length, json_bytes, remove_leftovers, sha256
 
 if TYPE_CHECKING:
     from simmp_fast.data.cache import Cache
@@ -141,28 +142,48 @@ class Evaluation:
             "absent": self.absent,
         }
 
-    def save(self, folder: str | Path) -> tuple[Path, Path]:
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> tuple[Path, Path]:
         """Write `<split>_<protocol>.csv` (the rows) and `.json` (the summary), each in one step.
 
+        Both are on the disk before any gets its name. The summary comes last and has the checksum of the rows, so that
+        two that do not belong together can be told. In the CSV a name of a case or a class that begins with ``=``,
+        ``+``, ``-``, ``@``, a tab or a line break, and so is a formula to a spreadsheet, has an apostrophe (``'``)
+        before it.
+
+        Args:
+            folder: made if it is missing. Evaluations of other splits and protocols in it stay.
+            overwrite: replace results of other data, or of data that nobody knows, too.
+
         Returns:
-            the two paths. Evaluations of other splits and protocols in the same folder stay.
+            the two paths.
 
         Raises:
-            DataError: the files cannot be written.
+            DataError: such results are there, or the files cannot be written.
         """
+        if not overwrite:
+            _refuse_others(folder, self.split, self.protocol.name, self.dataset, self.cache)
         table, summary = result_files(folder, self.split, self.protocol.name)
         text = io.StringIO(newline="")
         columns = ["protocol", "split", "case", "label", "class", *Measurement.__dataclass_fields__]
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         for row in self.rows:
-            head = {"protocol": self.protocol.name, "split": self.split, "case": row.case, "label": row.label}
-            writer.writerow({**head, "class": row.name, **asdict(row.score)})
+            head = {"protocol": self.protocol.name, "split": self.split, "case": _cell(row.case), "label": row.label}
+            writer.writerow({**head, "class": _cell(row.name), **asdict(row.score)})
+        content = text.getvalue().encode("utf-8", "backslashreplace")
+        belongs = {"file": table.name, "sha256": hashlib.sha256(content).hexdigest()}
         with disk_errors(folder):
-            with atomic_file(table) as temporary:
-                temporary.write_text(text.getvalue(), encoding="utf-8", errors="backslashreplace")
-            write_json(summary, self.summary())
+            remove_leftovers(folder)
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with atomic_files(table, summary) as (rows, means):
+                rows.write_bytes(content)
+                means.write_bytes(json_bytes({**self.summary(), "table": belongs}))
         return table, summary
+
+
+def _cell(name: str) -> str:
+    """A name as a cell that no spreadsheet takes for a formula."""
+    return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else name
 
 
 def result_files(folder: str | Path, split: str, protocol: str) -> tuple[Path, Path]:
@@ -178,33 +199,55 @@ def check_results(folder: str | Path, split: str, protocol: str, cache: Cache) -
         what identifies the weights of the results that are there; None if there are none.
 
     Raises:
-        DataError: such results are there, or the folder cannot be one.
+        DataError: such results are there, a table that does not belong to its summary is, or the folder cannot be one.
     """
+    found = _refuse_others(folder, split, protocol, cache.name, cache.checksum)
+    if found is None:
+        return None
+    weights = found.get("weights")
+    return weights if isinstance(weights, dict) else {}
+
+
+def _refuse_others(
+    folder: str | Path, split: str, protocol: str, dataset: str, checksum: str
+) -> Mapping[str, Any] | None:
+    """The summary in `folder`, if it is of these data and the table beside it is its own; None if there is neither."""
     check_folder(folder)
     table, summary = result_files(folder, split, protocol)
-    if not table.exists() and not summary.exists():
-        return None
+    instead = "choose another folder (--out), or replace them (--overwrite, in Python overwrite=True)"
+    with disk_errors(folder):
+        if not os.path.lexists(table) and not os.path.lexists(summary):
+            return None
     try:
         found = read_json(summary)
     except ConfigError:
         found = {}
-    name, checksum = found.get("dataset"), found.get("cache")
-    if (name, checksum) != (cache.name, cache.checksum):
-        measured = f"of {name!r} (cache {str(checksum)[:12]})" if name and checksum else "of unknown data"
+    got = found.get("dataset"), found.get("cache")
+    if got != (dataset, checksum):
+        measured = f"of {got[0]!r} (cache {str(got[1])[:12]})" if all(got) else "of unknown data"
         raise DataError(
-            f"{summary}: got results {measured}, expected none or those of {cache.name!r} (cache "
-            f"{cache.checksum[:12]}); choose another folder (--out), or replace them (--overwrite)"
+            f"{summary}: got results {measured}, expected none or those of {dataset!r} (cache {checksum[:12]}); "
+            f"{instead}"
         )
-    weights = found.get("weights")
-    return weights if isinstance(weights, dict) else {}
+    belongs = found.get("table")
+    with reading(table):
+        if isinstance(belongs, dict) and table.exists() and sha256(table) != belongs.get("sha256"):
+            raise DataError(
+                f"{table}: does not belong to {summary.name}, whose checksum of it differs: an evaluation was ended as "
+                f"it wrote them, or one was changed; {instead}"
+            )
+    return found
 
 
 def check_folder(folder: str | Path) -> None:
     """Raise `DataError` if files cannot be written to `folder`, which need not exist yet."""
     folder = Path(folder)
+    with disk_errors(folder):
+        check_length(folder)
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
-        raise DataError(f"{there}: got a file, expected a folder")
+        got = "a link that leads nowhere" if there.is_symlink() and not there.exists() else "a file"
+        raise DataError(f"{there}: got {got}, expected a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise DataError(f"{there}: got a folder without permission to write, expected one to write to")
 

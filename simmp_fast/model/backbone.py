@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from pathlib import Path
+from ssl import SSLError
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..config import ConfigError
+from ..messages import one_line, shown
 from ..validation import transformed
 from .layers import ImageGate, resize
 from .weight_files import read_tensors
+
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+_PATIENCE = 5.0  # seconds
 
 
 class GatedBackbone(nn.Module):
@@ -92,11 +100,39 @@ def _downloaded(name: str, image_size: int) -> dict[str, Tensor]:
     """The weights that timm has for its model `name`."""
     import timm
 
+    _require_hub(name)
     try:
         return timm.create_model(name, pretrained=True, img_size=image_size, num_classes=0).state_dict()
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"got timm's weights of {name!r}, which cannot be had ({reason}); name a file") from error
+    except Exception as error:  # the errors of timm, of its clients and of PyTorch's reader have nothing in common
+        raise _not_had(name, str(error) or type(error).__name__) from error
+
+
+def _not_had(name: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"got timm's weights of {name!r}, which cannot be had ({one_line(reason.splitlines()[0])}); download them "
+        "elsewhere and name the file, or train without"
+    )
+
+
+def _require_hub(name: str) -> None:
+    """Where timm's weights are on the Hub alone, ask once whether it can be reached: its client asks for a minute."""
+    import timm
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    pretrained = timm.get_pretrained_cfg(name)
+    repository = pretrained.hf_hub_id if pretrained is not None else None
+    cached = (try_to_load_from_cache(str(repository), file) for file in _HUB_FILES)
+    if not repository or constants.HF_HUB_OFFLINE or any(isinstance(path, str) for path in cached):
+        return
+    try:
+        with urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=_PATIENCE):
+            pass
+    except HTTPError:  # an answer
+        pass
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        if not isinstance(reason, SSLError):  # its client has certificates of its own
+            raise _not_had(name, f"{constants.ENDPOINT} cannot be reached: {reason}") from error
 
 
 def _create(name: str, image_size: int) -> Any:
@@ -106,13 +142,15 @@ def _create(name: str, image_size: int) -> Any:
 
     from .lean import make_lean
 
+    if not re.fullmatch(r"[\w.]+", name):  # timm would look for hf-hub:.. and local-dir:.. elsewhere
+        raise ConfigError(f"model.backbone: got {shown(name)}, expected the name of a MaxViT or CoAtNet model of timm")
     try:
         network = timm.create_model(name, pretrained=False, img_size=image_size, num_classes=0)
     except Exception as error:  # timm raises RuntimeError, TypeError or AssertionError for names and sizes alike
         raise ConfigError(
-            f"model.backbone: got {name!r} at image size {image_size}, which timm cannot build ({error}); expected a "
-            "MaxViT or CoAtNet model of timm, such as 'maxxvit_rmlp_small_rw_256', and an image size that is a "
-            "multiple of 32"
+            f"model.backbone: got {shown(name)} at image size {image_size}, which timm cannot build "
+            f"({one_line(str(error))}); expected a MaxViT or CoAtNet model of timm, such as "
+            "'maxxvit_rmlp_small_rw_256', and an image size that is a multiple of 32"
         ) from error
     if not isinstance(network, MaxxVit) or len(network.stages) != 4:
         raise ConfigError(f"model.backbone: got {name!r}, expected a MaxViT or CoAtNet model of timm with four stages")

@@ -1,23 +1,26 @@
-"""Weights and configuration of a network in a folder: ``config.json`` beside ``model.safetensors``."""
+"""Weights and configuration of a network in a folder: ``config.json`` beside ``model.safetensors``.
+
+The weights hold the configuration and a checksum too, so files that do not belong together, or are damaged, are seen.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import ConfigError, ModelConfig, from_mapping, read_json, to_mapping
+from ..differences import differences, listed
+from ..files import link_or_copy, remove_tree, temporary_name
+from ..folders import atomic_folder, finish_folder, others
 from .memory import MemoryBank
-from .weight_files import read_safetensors
+from .sealing import check_finite, in_header, read_sealed, write_sealed
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -58,7 +61,8 @@ def read(source: str | os.PathLike[str], download: Mapping[str, Any]) -> tuple[M
     """Configuration and state dict of a saved network.
 
     Raises:
-        ConfigError: a file is missing, truncated, or no valid configuration; no such folder, or no such repository.
+        ConfigError: a file is missing, damaged, or no valid configuration; the two are of different networks; a value
+            is not finite; no such folder, or no such repository.
     """
     config_path, weights_path = (_locate(source, name, download) for name in (CONFIG_FILE, WEIGHTS_FILE))
     content = read_json(config_path)
@@ -66,7 +70,23 @@ def read(source: str | os.PathLike[str], download: Mapping[str, Any]) -> tuple[M
         config = from_mapping(ModelConfig, content)
     except ConfigError as error:
         raise ConfigError(f"{config_path}: {error}") from None
-    return config, read_safetensors(weights_path)
+    state, header = read_sealed(weights_path)
+    check_finite(state, weights_path)
+    _check_same(config_path, config, weights_path, header)
+    return config, state
+
+
+def _check_same(config_path: Path, config: ModelConfig, weights_path: Path, header: Mapping[str, str]) -> None:
+    """Raise `ConfigError` if the weights were saved with another configuration; weights from elsewhere name none."""
+    content = in_header(weights_path, header, "model")
+    if content is None:
+        return
+    saved = to_mapping(from_mapping(ModelConfig, content, f"{weights_path}: model"))
+    if changed := differences(saved, to_mapping(config)):
+        raise ConfigError(
+            f"{config_path}: differs from the configuration that {weights_path.name} was saved with: "
+            f"{listed(changed)}; restore it"
+        )
 
 
 def write(folder: Path, config: ModelConfig, state: Mapping[str, Tensor]) -> None:
@@ -78,13 +98,15 @@ def write(folder: Path, config: ModelConfig, state: Mapping[str, Tensor]) -> Non
     for name, tensor in state.items():
         if tensor.is_meta:
             raise ValueError(f"{name}: got a tensor on the meta device, expected one with values to save")
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS_FILE)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    header = {"format": "pt", "model": json.dumps(to_mapping(config))}
+    write_sealed(folder / WEIGHTS_FILE, tensors, header)
     (folder / CONFIG_FILE).write_text(json.dumps(to_mapping(config), indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """A temporary folder to fill, inside `folder`, which is made if it is missing.
+    """A temporary folder to fill with files, for `folder`, which is made if it is missing.
 
     When the block ends well, configuration and weights take their places in `folder`, and other files where there are
     none of their names. When it does not, `folder` is as it was.
@@ -92,31 +114,57 @@ def staged(folder: Path) -> Iterator[Path]:
     Raises:
         ConfigError: the disk is full, or something cannot be written.
     """
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as name:
-            yield Path(name)
-            _take_places(Path(name), folder)
-    except BaseException as error:
-        for place in made:
-            with suppress(OSError):
-                place.rmdir()
-        if isinstance(error, (OSError, SafetensorError)):
-            reason = getattr(error, "strerror", None) or str(error)
-            raise ConfigError(f"{folder}: cannot be written ({reason}); it is as it was before") from error
-        raise
+        finish_folder(folder, WEIGHTS_FILE)
+        if folder.is_dir() and others(folder):
+            with _stage_inside(folder) as stage:
+                yield stage
+                _take_places(stage, folder)
+        else:
+            with atomic_folder(folder, replace=False, last=WEIGHTS_FILE) as stage:
+                yield stage
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written ({error.strerror or error}); it is as it was before") from error
+
+
+@contextmanager
+def _stage_inside(folder: Path) -> Iterator[Path]:
+    stage = temporary_name(folder / "network")
+    try:
+        stage.mkdir()
+        yield stage
+    finally:
+        remove_tree(stage)
 
 
 def _take_places(stage: Path, folder: Path) -> None:
+    """Move the files of `stage` into `folder`, all of them or, where one cannot be, none."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if (folder / name).is_dir():
             raise ConfigError(f"{folder / name}: got a folder, expected a file to replace, or none")
-    for file in sorted(stage.iterdir()):
+    files = sorted(stage.iterdir())
+    for file in files:
         with open(file, "rb") as written:
             os.fsync(written.fileno())
-        if file.name in (CONFIG_FILE, WEIGHTS_FILE) or not (folder / file.name).exists():
-            file.replace(folder / file.name)
+    before = stage / "before"
+    before.mkdir()
+    moved: list[Path] = []
+    try:
+        for file in files:
+            target = folder / file.name
+            if target.exists() and file.name not in (CONFIG_FILE, WEIGHTS_FILE):
+                continue
+            if target.exists():
+                link_or_copy(target, before / file.name)
+            moved.append(target)
+            os.replace(file, target)
+    except BaseException:
+        for target in reversed(moved):
+            if (before / target.name).exists():
+                os.replace(before / target.name, target)
+            else:
+                target.unlink(missing_ok=True)
+        raise
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

@@ -46,6 +46,8 @@ _RENAMES: tuple[tuple[str, str], ...] = (
 _PROJECTIONS = {"theta": "query", "phi": "key", "g": "value", "o": "output"}
 # A forward pass of the released code is warm-up while its block's counter is at most this.
 _LAST_WARMUP_COUNT = 2000
+_LARGEST_COUNT = 2.0**53
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BLOCK = re.compile(r"(?P<block>.*DMWLA_\d(\.\d)?)\.(?P<leaf>[a-z_]+)(\.weight)?$")
 
 
@@ -62,7 +64,7 @@ def _translate(name: str) -> str:
 def _block_tensor(prefix: str, leaf: str, tensor: Tensor, banks: Mapping[str, int]) -> dict[str, Tensor]:
     """One tensor of a DMW-LA block; `prefix` is the block's own name here."""
     if leaf in _PROJECTIONS:
-        weight = tensor.flatten(1)
+        weight = _matrix(f"{prefix}{leaf}", tensor)
         named = {f"{prefix}{_PROJECTIONS[leaf]}.weight": weight}
         if leaf == "phi":  # the momentum key was never saved
             named[f"{prefix}momentum_key"] = weight.clone()
@@ -79,7 +81,7 @@ def _block_tensor(prefix: str, leaf: str, tensor: Tensor, banks: Mapping[str, in
         return {f"{prefix}bank.prototypes": tensor.T.contiguous()}
     if leaf == "warmup_iter_counter":
         count = float(tensor)  # half precision holds no count above 65504: an infinite one is past the warm-up
-        count = _LAST_WARMUP_COUNT + 1 if math.isinf(count) else math.ceil(count)
+        count = _LAST_WARMUP_COUNT + 1 if math.isinf(count) else math.ceil(max(-1.0, min(count, _LARGEST_COUNT)))
         return {f"{prefix}bank._extra_state": torch.tensor(count, dtype=torch.int64)}
     raise ConfigError(f"released checkpoint: got the tensor {leaf!r} in a DMW-LA block, expected none of that name")
 
@@ -100,8 +102,28 @@ def _check_axes(released: Mapping[str, Tensor]) -> None:
         if tensor.dim() != axes or (single and tensor.numel() != 1):
             need = "one number" if single else f"{axes} axes"
             raise ConfigError(f"released checkpoint: {name}: got shape {list(tensor.shape)}, expected {need}")
-        if single and (tensor.is_complex() or bool(tensor.isnan())):
+        if single and bool(tensor.isnan()):
             raise ConfigError(f"released checkpoint: {name}: got {tensor.item()}, expected a count")
+
+
+def _check_values(state: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are no finite floats; `state` is in this package's names."""
+    for name, tensor in state.items():
+        if name.endswith(("num_batches_tracked", "_extra_state")) or name.startswith("wld."):
+            continue
+        if tensor.dtype not in _FLOATS:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ConfigError(f"released checkpoint: {name}: got values of type {kind}, expected floats")
+        if not bool(tensor.isfinite().all()):
+            bad = int((~tensor.isfinite()).sum())
+            raise ConfigError(f"released checkpoint: {name}: {bad} values are NaN or infinite, expected none")
+
+
+def _matrix(name: str, tensor: Tensor) -> Tensor:
+    """The weights of a 1x1 convolution as those of a linear layer."""
+    if tensor.dim() < 2:
+        raise ConfigError(f"released checkpoint: {name}: got shape {list(tensor.shape)}, expected two axes or more")
+    return tensor.flatten(1)
 
 
 def _config(released: Mapping[str, Tensor], variant: str, in_channels: int) -> ModelConfig:
@@ -157,7 +179,8 @@ def read_released(
         else:
             own = _translate(name)
             is_linear = re.match(r"encoder\.dsgim\.(query|key|value)\.weight$", own)
-            state[own] = tensor.flatten(1) if is_linear else tensor
+            state[own] = _matrix(own, tensor) if is_linear else tensor
+    _check_values(state)
     _settle_phases(state, config)
     state.update(_update_width(released, config))
     return config, state
@@ -185,7 +208,7 @@ def _update_width(released: Mapping[str, Tensor], config: ModelConfig) -> dict[s
     widths = [released[name] for name in sorted(released) if re.match(r"DMWLA_\d\.\d\.k$", name)]
     width = widths[0] if widths else torch.tensor(max(1, config.slots // 2))
     return {
-        "wld.k": width.reshape(()).to(torch.int64).clamp(1, config.slots),
+        "wld.k": width.reshape(()).double().clamp(1, config.slots).to(torch.int64),
         "wld.previous": torch.tensor(0.0, dtype=torch.float64),
         "wld.seen": torch.tensor(0, dtype=torch.int64),
     }

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import pickle
 import re
+import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..config import ConfigError
+from ..messages import one_line, shown, why_no_file
 
+_EXPECTED = "expected a file of the network's state_dict()"
+_DEEPEST, _NAMED = 8, 8  # mappings in one another on the way to a network, and networks that a message names
 # Under which key a checkpoint holds its network, beside an optimiser, epochs and whatever else.
 _HOLDERS = (
     "state_dict", "model_state_dict", "model_state", "model", "net_state_dict", "net", "network", "weights",
@@ -43,23 +49,46 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         ConfigError: no such file, one that cannot be read, or one without one network's tensors.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file" if not path.exists() else f"{path}: got a folder, expected a file")
+    if why := why_no_file(path):
+        raise ConfigError(f"{path}: {why}")
     if path.suffix == ".safetensors":
         return network_tensors(read_safetensors(path), str(path))
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
+        _check_archive(path)
+        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's advice on files of other kinds
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except ConfigError:
+        raise
     except Exception as error:  # damaged pickles raise whatever their reader stumbles over
         raise ConfigError(f"{path}: cannot be read as a checkpoint of tensors alone: {_reason(error)}") from error
-    return network_tensors(content, str(path))
+    tensors = network_tensors(content, str(path))
+    size = path.stat().st_size
+    for name, tensor in tensors.items():
+        if tensor.untyped_storage().nbytes() > size:
+            got = f"a tensor of {tensor.untyped_storage().nbytes()} bytes in a file of {size}"
+            raise ConfigError(f"{path}: {name}: got {got}, expected one that lies in the file")
+    return tensors
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive whose members unpack to more than the file has: PyTorch packs nothing."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            announced = sum(member.file_size for member in archive.infolist())
+        if announced > (size := path.stat().st_size):
+            raise ConfigError(f"{path}: got a file of {size} bytes that announces {announced}, expected no packed one")
 
 
 def _reason(error: Exception) -> str:
-    code = re.search(r"GLOBAL ([\w.]+)", str(error))
+    """What is wrong with a checkpoint. Never in PyTorch's words where it refuses code: these say how to run it."""
+    text = str(error)
+    code = re.search(r"GLOBAL ([\w.]+)", text)
     if code:
-        return f"it needs {code[1]}, which is code; expected a file of the network's state_dict()"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"it needs {one_line(code[1], 100)}, which is code and is not loaded; {_EXPECTED}"
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in text:
+        return f"it holds something else than tensors and plain values, which is not loaded; {_EXPECTED}"
+    return one_line(text.splitlines()[0] if text else type(error).__name__)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -68,10 +97,12 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     Raises:
         ConfigError: the file is missing, truncated or damaged.
     """
+    if why := why_no_file(path):
+        raise ConfigError(f"{path}: {why}")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path}: cannot be read as safetensors: {error}") from None
+        raise ConfigError(f"{path}: cannot be read as safetensors: {one_line(str(error))}") from None
 
 
 def network_tensors(content: object, where: str) -> dict[str, Tensor]:
@@ -82,7 +113,8 @@ def network_tensors(content: object, where: str) -> dict[str, Tensor]:
         where: what messages call it.
 
     Raises:
-        ConfigError: no network's tensors, those of several, or two tensors of one name.
+        ConfigError: no network's tensors, those of several, two tensors of one name, or one that is no array of real
+            numbers: sparse, quantised, complex, without values.
     """
     found = _networks(content)
     if not found:
@@ -96,23 +128,47 @@ def network_tensors(content: object, where: str) -> dict[str, Tensor]:
             plain = _WRAPPERS.sub("", name)
             if plain in tensors:
                 raise ConfigError(f"{where}: got {plain!r} twice, under several prefixes, expected one network")
+            if odd := _odd(tensor):
+                raise ConfigError(f"{where}: {plain}: got a tensor {odd}, expected one of plain numbers")
             tensors[plain] = tensor
     return tensors
 
 
-def _networks(content: object, key: str = "") -> dict[str, Mapping[Any, Any]]:
-    """All mappings that hold tensors, by the keys that lead there."""
-    if not isinstance(content, Mapping):
+def _odd(tensor: Tensor) -> str | None:
+    """What makes a tensor another thing than an array of real numbers that is all there, or None."""
+    if tensor.is_meta:
+        return "without values (meta)"
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return "that is sparse or nested"
+    if tensor.is_quantized or tensor.is_complex():
+        return f"of {tensor.dtype}".replace("torch.", "")
+    there = tensor.untyped_storage().nbytes()
+    if tensor.numel() * tensor.element_size() > there:
+        return f"of shape {list(tensor.shape)} that repeats {there} bytes"
+    return None
+
+
+def _networks(content: object, key: str = "", barren: set[int] | None = None) -> dict[str, Mapping[Any, Any]]:
+    """Mappings that hold tensors, by the keys that lead there: a few if there are many.
+
+    `barren` are the mappings that lead to none, or are being looked into: a file can make them hold one another.
+    """
+    barren = set() if barren is None else barren
+    if not isinstance(content, Mapping) or id(content) in barren or key.count(".") > _DEEPEST:
         return {}
+    barren.add(id(content))
     found: dict[str, Mapping[Any, Any]] = {}
     for holder in _HOLDERS:
-        found |= _networks(content.get(holder), f"{key}.{holder}" if key else holder)
+        if len(found) < _NAMED:
+            found |= _networks(content.get(holder), f"{key}.{holder}" if key else holder, barren)
     if not found and any(isinstance(value, Tensor) for value in content.values()):
         found[key] = content
+    if found:
+        barren.discard(id(content))
     return found
 
 
 def _kind(content: object) -> str:
     if isinstance(content, Mapping):
-        return f"a mapping of {', '.join(repr(key) for key in list(content)[:5]) or 'nothing'}"
+        return f"a mapping of {', '.join(shown(key) for key in list(content)[:5]) or 'nothing'}"
     return f"a {type(content).__name__}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -16,8 +17,10 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from simmp_fast.data.errors import DataError
+from simmp_fast.console import Console
+from simmp_fast.data.errors import DataError, reading
 from simmp_fast.data.names import printable
+from simmp_fast.messages import why_no_file
 from simmp_fast.training.errors import TrainingError
 
 
@@ -30,17 +33,18 @@ class RunLog:
         step: steps already taken.
         metrics_bytes: length that `metrics.jsonl` had then; whatever follows is cut off, so that a resumed run leaves
             the same rows as one that was never interrupted.
+        metrics_sha256: checksum of what it held then.
 
     Raises:
-        DataError: `metrics.jsonl` is shorter than that.
+        DataError: `metrics.jsonl` is shorter than that, or held something else.
         TrainingError: a file cannot be opened.
     """
 
-    def __init__(self, folder: Path, *, total_steps: int, step: int = 0, metrics_bytes: int = 0) -> None:
+    def __init__(
+        self, folder: Path, *, total_steps: int, step: int = 0, metrics_bytes: int = 0, metrics_sha256: str = ""
+    ) -> None:
         self.path = folder / "metrics.jsonl"
-        size = self.path.stat().st_size if self.path.exists() else 0
-        if size < metrics_bytes:
-            raise DataError(f"{self.path}: got {size} bytes, expected the {metrics_bytes} the checkpoint knows of")
+        self._hash = check_metrics(self.path, metrics_bytes, metrics_sha256)
         with _mendable(folder):
             # Unbuffered: nothing is left to be written, and to fail, when they are closed.
             self._metrics = open(self.path, "ab", buffering=0)  # noqa: SIM115
@@ -48,13 +52,19 @@ class RunLog:
             self._metrics.seek(metrics_bytes)
             self._text = open(folder / "train.log", "ab", buffering=0)  # noqa: SIM115
             self._board = _tensorboard(folder / "tensorboard", step)
+        self._console: Any = Console(sys.stderr)
         self._bar = tqdm(
-            total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+            total=total_steps,
+            initial=step,
+            unit="step",
+            dynamic_ncols=True,
+            file=self._console,
+            disable=not self._console.isatty(),
         )
 
     def say(self, message: str) -> None:
         """One line for people: to the text log with the time, and to the terminal."""
-        tqdm.write(printable(message), file=sys.stderr)
+        tqdm.write(printable(message), file=self._console)
         with contextlib.suppress(OSError):  # a full disk must not hide the message that says so
             self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(message)}\n".encode())
 
@@ -76,6 +86,7 @@ class RunLog:
         with _mendable(self.path):
             if self._metrics.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._hash.update(line)
             if self._board is not None:
                 for name, value in finite.items():
                     if isinstance(value, (int, float)):
@@ -89,15 +100,15 @@ class RunLog:
         """Show short values at the end of the progress bar."""
         self._bar.set_postfix(values, refresh=False)
 
-    def synced_bytes(self) -> int:
-        """Length of `metrics.jsonl`, once all of it is on the disk.
+    def synced(self) -> tuple[int, str]:
+        """Length and SHA-256 of `metrics.jsonl`, once all of it is on the disk.
 
         Raises:
             TrainingError: the disk is full.
         """
         with _mendable(self.path):
             os.fsync(self._metrics.fileno())
-        return self._metrics.tell()
+        return self._metrics.tell(), self._hash.hexdigest()
 
     def close(self) -> None:
         """Close all files."""
@@ -138,8 +149,8 @@ def _mendable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise TrainingError(
-            f"{error.filename or path}: cannot be written ({error.strerror or error}); checkpoints are untouched, so "
-            "resume the run when that is mended"
+            f"{os.fsdecode(error.filename or path)}: cannot be written ({error.strerror or error}); "
+            "checkpoints are untouched, so resume the run when that is mended"
         ) from error
 
 
@@ -148,19 +159,50 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def check_metrics(path: Path, length: int, sha256: str) -> Any:
+    """Compare the first `length` bytes of a `metrics.jsonl` with what the checkpoint knows of them.
+
+    Returns:
+        Their running checksum, a `hashlib` object, to go on with.
+
+    Raises:
+        DataError: they are fewer, or others.
+    """
+    head = b""
+    if length and (why := why_no_file(path)):
+        raise DataError(f"{path}: {why}; restore it, or start a run in another folder")
+    if length:
+        with reading(path), open(path, "rb") as file:
+            head = file.read(length)
+    known = "restore it, or start a run in another folder"
+    if len(head) < length:
+        raise DataError(f"{path}: got {len(head)} bytes, expected the {length} the checkpoint knows of; {known}")
+    found = hashlib.sha256(head)
+    if length and found.hexdigest() != sha256:
+        raise DataError(
+            f"{path}: got other rows than the run wrote: the first {length} bytes have SHA-256 "
+            f"{found.hexdigest()[:12]}, expected {sha256[:12]}; {known}"
+        )
+    return found
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a `metrics.jsonl`.
 
     Raises:
-        DataError: the file is missing or a line is no JSON.
+        DataError: the file is missing or a line is no JSON object.
     """
     path = Path(path)
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise DataError(f"{path}: a line is no JSON ({error})") from None
+    for row in rows:
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: got the line {row!r:.100}, expected a JSON object")
+    return rows
 
 
 def _tensorboard(folder: Path, step: int) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simmp_fast.config import Config, ConfigError, to_mapping
+from simmp_fast.config import Config, to_mapping
 from simmp_fast.data.cache import Cache
 from simmp_fast.data.errors import DataError
 from simmp_fast.data.loader import slice_loader, worker_errors
@@ -24,20 +24,22 @@ from simmp_fast.model.pretrained import load_strict
 from simmp_fast.ranks import Ranks
 from simmp_fast.training import rng
 from simmp_fast.training.checkpoint import (
+    PREVIOUS,
     WEIGHTS,
     Metadata,
     TrainingState,
     check_model_config,
-    load_last,
+    previous_step,
     save_last,
     save_weights,
 )
-from simmp_fast.training.compiling import check_compiler, compile_errors
-from simmp_fast.training.distributed import check_ranks, join_ranks, prepare_model, share_random_state
+from simmp_fast.training.checks import check_data, check_device
+from simmp_fast.training.compiling import compile_errors
+from simmp_fast.training.distributed import check_ranks, join_ranks, prepare_model, rank_errors, share_random_state
 from simmp_fast.training.errors import TrainingError
 from simmp_fast.training.interrupt import StopRequest
 from simmp_fast.training.log import RunLog, SilentLog
-from simmp_fast.training.run_folder import RunFolder
+from simmp_fast.training.run_folder import Resume, RunFolder
 from simmp_fast.training.step import TrainStep, WidthChange, make_optimizer
 from simmp_fast.training.views import RunPictures
 
@@ -62,34 +64,34 @@ class RunResult:
 
 
 def train(
-    config: Config, cache: Cache, run: str | Path, *, resume: bool = False, device: str | torch.device | None = None
+    config: Config, cache: Cache, run: str | Path, *, resume: Resume = False, device: str | torch.device | None = None
 ) -> RunResult:
     """Train a network, or continue a run exactly where its last checkpoint stands.
 
     Started by `torchrun` in several processes, all of them train one network (docs/distributed.md).
 
-    SIGINT and SIGTERM finish the current step, write `last` and return; a second signal acts at once.
+    SIGINT, SIGTERM and SIGHUP finish the current step, write `last` and return; a second SIGINT acts at once (not under
+    `torchrun`).
 
     Args:
         config: the resolved configuration.
         cache: prepared data, with the classes, channels and size that `config.model` says.
-        run: the run folder; must not exist, or be empty, unless `resume`.
-        resume: continue the run in that folder. Its configuration may differ only in `run_folder.FREE_KEYS`.
+        run: the run folder; must hold no checkpoint and nothing else unless `resume`.
+        resume: continue the run in that folder; its configuration may differ only in `run_folder.FREE_KEYS`. "previous"
+            goes back to the checkpoint before the last. A run that ended before its first checkpoint begins anew.
         device: a CUDA GPU if there is one, else the CPU. Each of several processes takes its own GPU.
 
     Raises:
         ConfigError: the configuration does not fit the data, the saved run or the number of processes, or the folder
             cannot be used.
-        DataError: the cache or the checkpoint is damaged.
-        TrainingError: a loss or gradient that is not finite, or a disk that is full.
+        DataError: the cache or the checkpoint is damaged, or files of it are missing.
+        TrainingError: a loss or gradient that is not finite, a disk that is full, a run folder that was moved, or
+            another process that ended or did not answer for `train.rank_timeout_minutes`.
     """
     records = {"data.json": to_mapping(cache.recipe), "splits.json": {"cache": cache.checksum, **cache.splits}}
-    with join_ranks(device) as (ranks, place), StopRequest() as stop:
+    with StopRequest() as stop, join_ranks(device, config.train.rank_timeout_minutes) as (ranks, place):
         config = ranks.first(lambda: config)
-        if config.train.cuda_graph and place.type != "cuda":
-            raise ConfigError(f"train.cuda_graph: got true on {place.type}, expected a CUDA device")
-        if config.train.compile:
-            check_compiler(place)
+        check_device(config, place)
         check_data(config, cache)
         check_ranks(config, cache, ranks)
         with RunFolder(run, config, records, resume=resume, ranks=ranks) as folder:
@@ -99,25 +101,11 @@ def train(
 def _run(runner: Run) -> RunResult:
     with runner.log:
         try:
-            with worker_errors():
+            with worker_errors(), rank_errors(runner.config.train.rank_timeout_minutes):
                 return runner.train()
         except (TrainingError, DataError) as error:
             runner.log.say(str(error))
             raise
-
-
-def check_data(config: Config, cache: Cache) -> None:
-    """Raise `ConfigError` unless the network was configured for the data in `cache`."""
-    model = config.model
-    for key, got, need in (
-        ("classes", model.classes, len(cache.classes)),
-        ("in_channels", model.in_channels, cache.channels),
-        ("image_size", model.image_size, cache.image_size),
-    ):
-        if got != need:
-            raise ConfigError(f"model.{key}: got {got}, expected {need} as the data set {cache.name!r} has")
-    if not cache.splits.get("train"):
-        raise ConfigError(f"data set {cache.name!r}: got no cases in the split 'train', expected at least one")
 
 
 class Run:
@@ -128,6 +116,7 @@ class Run:
         epoch: the epoch at work (0-based).
         batch: batches of it already taken.
         best: best validation Dice so far.
+        saved_step: the step of the last checkpoint, None before the first.
         share: slices of a batch that this rank takes.
         reading_is_free: whether a value can be read without waiting for the device.
     """
@@ -143,16 +132,18 @@ class Run:
     ) -> None:
         folder = run_folder.path
         self.config, self.cache, self.folder, self.device = config, cache, folder, device
+        self.run_folder = run_folder
         self.stop, self.ranks, self.share = stop, ranks, config.train.batch_size // ranks.size
         self.step = self.epoch = self.batch = 0
         self.best: float | None = None
+        self.saved_step: int | None = None
         self.reading_is_free = device.type == "cpu"
         self.validation = "validation" if cache.splits.get("validation") else None
         self.pictures = RunPictures(folder, cache, self.validation, 0 if ranks.rank else config.train.overlays)
 
         rng.seed_all(config.train.seed)
         self.model: Any = SimMPNet(config.model, backend=config.train.backend)
-        checkpoint = ranks.first(lambda: load_last(folder))
+        checkpoint = run_folder.take_checkpoint()
         if checkpoint is None:
             ranks.first(self._load_backbone)
         else:
@@ -170,9 +161,10 @@ class Run:
         self.steps_per_epoch = len(self._loader(start_batch=0))
         run_folder.record()
         self.log: RunLog = SilentLog()
-        ranks.first(lambda: self._open_log(0 if checkpoint is None else state.metrics_bytes))
-        self.saved_at = time.monotonic()
-        self.log.say(self._opening(resumed=checkpoint is not None))
+        ranks.first(lambda: self._open_log(None if checkpoint is None else state))
+        self.saved_at = -math.inf if checkpoint is None else time.monotonic()  # the first step of a run is saved
+        for line in (self._opening(resumed=checkpoint is not None), *run_folder.notes):
+            self.log.say(line)
 
     def _load_backbone(self) -> None:
         source = self.config.train.backbone_weights
@@ -181,15 +173,17 @@ class Run:
 
     def _restore(self, state: TrainingState) -> None:
         self.step, self.epoch, self.batch, self.best = state.step, state.epoch, state.batch, state.best
+        self.saved_step = state.step
         self.optimizer.load_state_dict(state.optimizer)
         for group in self.optimizer.param_groups:
             group["capturable"] = self.config.train.cuda_graph  # the saved run may have been set otherwise
         self.take_step.loss_sum.fill_(state.loss_sum)
         rng.restore(state.rng)
 
-    def _open_log(self, metrics_bytes: int) -> None:
+    def _open_log(self, state: TrainingState | None) -> None:
         steps = self.config.train.epochs * self.steps_per_epoch
-        self.log = RunLog(self.folder, total_steps=steps, step=self.step, metrics_bytes=metrics_bytes)
+        length, checksum = (0, "") if state is None else (state.metrics_bytes, state.metrics_sha256)
+        self.log = RunLog(self.folder, total_steps=steps, step=self.step, metrics_bytes=length, metrics_sha256=checksum)
 
     def _opening(self, *, resumed: bool) -> str:
         verb = "resumed" if resumed else "started"
@@ -245,7 +239,7 @@ class Run:
         states = rng.capture()
         batches = iter(self._loader(self.batch))
         rng.restore(states)  # a loader may draw a seed as it starts, which a resumed run would draw once more
-        for images, labels in batches:
+        for images, labels in self.stop.each(batches) if self.ranks.size == 1 else batches:
             with compile_errors(self.step) if train.compile else nullcontext():
                 loss = self.take_step(images, labels, self.step, wld=wld)
             self.step += 1
@@ -273,6 +267,7 @@ class Run:
         return "remember" if self.epoch == train.wld_from else True
 
     def _log_step(self, loss: Tensor, images_per_second: float) -> None:
+        self.run_folder.check_in_place()
         self.log.row(
             "train",
             self.step,
@@ -308,6 +303,7 @@ class Run:
             self.ranks.first(self._draw)
 
     def _log_epoch(self, mean_loss: float, dice: float | None) -> None:
+        self.run_folder.check_in_place()
         self.log.row("epoch", self.step, self.epoch, mean_loss=mean_loss)
         text = f"epoch {self.epoch}: step {self.step}, mean loss {mean_loss:.4f}"
         if dice is not None:
@@ -323,6 +319,7 @@ class Run:
             save_weights(self.folder / f"epoch_{self.epoch:03d}.safetensors", self.model, self._metadata())
 
     def _draw(self) -> None:
+        self.run_folder.check_in_place()
         self.pictures.draw(self.model, self.log.path, self.config.train.precision, title=f"epoch {self.epoch - 1}")
 
     def _validate(self) -> float | None:
@@ -330,9 +327,8 @@ class Run:
 
         None if a signal came. Training flags are restored.
         """
-        dices: list[float] | None = None
-        with self.stop.at_once():
-            dices = case_dice(
+        dices = self.stop.unless_stopped(
+            lambda: case_dice(
                 self.model,
                 self.cache,
                 "validation",
@@ -341,8 +337,10 @@ class Run:
                 rank=self.ranks.rank,
                 ranks=self.ranks.size,
             )
-        shares = self.ranks.everyone(dices)
-        if any(share is None for share in shares):
+        )
+        everyones = self.ranks.everyone(dices)
+        shares = [share for share in everyones if share is not None]
+        if len(shares) < len(everyones):
             return None
         found = [dice for share in shares for dice in share]
         return float(np.mean(found)) if found else math.nan
@@ -351,31 +349,49 @@ class Run:
         bad = self.take_step.guard.read()
         if bad is None:
             return
-        good = self.folder / WEIGHTS
-        kept = f"the last good checkpoint is {good}" if good.exists() else "no checkpoint was written yet"
         raise TrainingError(
             f"step {bad.step}, epoch {self.epoch}: {bad.describe()} at learning rate {self.config.train.lr:g}. "
-            f"That step was not taken and nothing was written; {kept}. "
+            f"That step was not taken and nothing was written; {self.ranks.first(self._kept)}. "
             "Look at the data, or start a run with a lower train.lr or train.precision=float32"
         )
 
+    def _kept(self) -> str:
+        """Which checkpoints there are to go back to."""
+        if self.saved_step is None:
+            return "no checkpoint was written yet"
+        kept = f"the last checkpoint is {self.folder / WEIGHTS} (step {self.saved_step})"
+        before = previous_step(self.folder)
+        if before is None or before >= self.saved_step:
+            return kept
+        return (
+            f"{kept}, the one before it {self.folder / PREVIOUS} (step {before}): if the last already leads here, go "
+            "back with --resume previous"
+        )
+
     def _metadata(self) -> Metadata:
-        return Metadata(self.config.model, tuple(self.cache.classes), self.step, self.epoch)
+        recipe = self.run_folder.records["data.json"]
+        return Metadata(self.config.model, tuple(self.cache.classes), self.step, self.epoch, recipe)
 
     def _save_last(self) -> None:
         self._check_finite()
         self.ranks.first(self._write_last)
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_step = time.monotonic(), self.step
 
     def _write_last(self) -> None:
+        self.run_folder.check_in_place()
+        length, checksum = self.log.synced()
         state = TrainingState(
             step=self.step,
             epoch=self.epoch,
             batch=self.batch,
             loss_sum=float(self.take_step.loss_sum),
             best=self.best,
-            metrics_bytes=self.log.synced_bytes(),
+            metrics_bytes=length,
+            metrics_sha256=checksum,
             optimizer=self.optimizer.state_dict(),
             rng=rng.capture(),
+            config=to_mapping(self.config),
+            records=self.run_folder.records,
+            environment=self.run_folder.environment,
         )
         save_last(self.folder, self.model, self._metadata(), state)

@@ -10,35 +10,50 @@ tensorboard/            the same numbers as TensorBoard events
 curves.png              the same numbers as a picture
 overlays.png            validation slices: image, truth, prediction
 last.safetensors        newest weights            (checkpoint.py)
-last.state.pt           the training state that belongs to them
+last.state.pt           the training state that belongs to them; it holds what the records above say, too
+previous.safetensors    the weights of the checkpoint before it
+previous.state.pt       their training state
 best.safetensors        weights with the best validation Dice
 epoch_050.safetensors   weights kept every n-th epoch
 run.lock                process id and host of the process that trains here
+
+A folder holds a run from its first checkpoint on, which is written after the first step. Before that it may be started
+again with other settings; from then on a resumed run must agree with what the checkpoint was made with.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
-import os
-import platform
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Literal, Self
 
-import torch
 import yaml
 
 from simmp_fast.config import Config, ConfigError, from_mapping, read_json, read_yaml, to_mapping
-from simmp_fast.data.errors import disk_errors
-from simmp_fast.files import atomic_file, write_json
+from simmp_fast.data.errors import DataError, disk_errors
+from simmp_fast.differences import differences, flatten, listed
+from simmp_fast.files import atomic_file, remove_leftovers, write_json
 from simmp_fast.ranks import ALONE, Ranks
+from simmp_fast.training.checkpoint import (
+    PENDING,
+    PREVIOUS_STATE,
+    STATE,
+    Checkpoint,
+    TrainingState,
+    checkpoint_files,
+    go_back,
+    load_last,
+    load_previous,
+    read_state,
+)
+from simmp_fast.training.environment import environment
+from simmp_fast.training.lock import FolderLock
+from simmp_fast.training.log import check_metrics, read_metrics
+
+Resume = bool | Literal["last", "previous"]
 
 # Settings that change neither the weights nor the meaning of the rows already written, so a resumed run may differ.
 FREE_KEYS = frozenset(
@@ -51,72 +66,14 @@ FREE_KEYS = frozenset(
         "keep_every",
         "log_every",
         "overlays",
+        "rank_timeout_minutes",
         "workers",
     )
 )
-_held: set[Path] = set()
-_FAR = 2**30  # place in the lock file of the byte that Windows locks: nobody can read a locked one
-
-
-def _lock(file: IO[str], hold: bool) -> None:
-    """Take the system's lock on an open file, or give it back.
-
-    Raises:
-        BlockingIOError, PermissionError: another process holds it.
-        OSError: the file system has no locks.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        msvcrt: Any = importlib.import_module("msvcrt")
-        os.lseek(file.fileno(), _FAR, os.SEEK_SET)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK if hold else msvcrt.LK_UNLCK, 1)
-    else:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB if hold else fcntl.LOCK_UN)
-
-
-class FolderLock:
-    """An exclusive lock on a folder, released by the system when its process ends, however it ends.
-
-    A record lock (`lockf`; on Windows `msvcrt.locking`): unlike `flock` it is not inherited by data loading processes,
-    which may outlive a killed trainer by seconds. It does not exclude the same process, hence `_held`.
-
-    Raises:
-        ConfigError: another process, or this one, holds the folder; names it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = (folder / "run.lock").resolve()
-        if self.path in _held:
-            raise ConfigError(f"{folder}: this process (pid {os.getpid()}) is already training there")
-        try:
-            self._file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the lock is held
-        except OSError as error:
-            raise ConfigError(f"{self.path}: cannot be written ({error.strerror})") from None
-        try:
-            _lock(self._file, hold=True)
-        except (BlockingIOError, PermissionError):
-            self._file.seek(0)
-            holder = self._file.read().strip() or "unknown process"
-            self._file.close()
-            raise ConfigError(
-                f"{folder}: run folder in use by {holder}; wait for it, stop it, or choose another folder"
-            ) from None
-        except OSError as error:
-            self._file.close()
-            raise ConfigError(f"{folder}: this file system cannot lock files ({error.strerror})") from None
-        self._file.truncate(0)  # whoever is named there is dead: the lock was free
-        self._file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
-        _held.add(self.path)
-
-    def release(self) -> None:
-        """Give the folder free. The file stays: removing it would let two processes lock two files."""
-        if not self._file.closed:
-            self._file.truncate(0)
-            _lock(self._file, hold=False)
-            self._file.close()
-            _held.discard(self.path)
+_WAY_OUT = "restore it, or remove it, and --resume writes it again from the checkpoint"
+_CONFIG, _ENVIRONMENT, _METRICS = "config.yaml", "environment.json", "metrics.jsonl"
+# What a run leaves that ends before its first checkpoint.
+_BEGUN = {"run.lock", "train.log", "tensorboard", _METRICS, PENDING}
 
 
 class RunFolder:
@@ -128,12 +85,19 @@ class RunFolder:
         path: the folder; created if it does not exist.
         config: the resolved configuration.
         records: plain contents by file name (`data.json`, `splits.json`) that a resumed run must share.
-        resume: continue the run that is in the folder.
+        resume: continue the run that is in the folder, from its last checkpoint or from the one before it.
         ranks: the processes of the run; the first alone touches the folder, and all raise what it finds.
 
+    Attributes:
+        path: the folder.
+        config, records: as given, the records as JSON has them.
+        environment: what `environment.environment` says of this process.
+        notes: what a resumed run should say, on the first rank.
+
     Raises:
-        ConfigError: the folder is in use; it exists and `resume` is not set; there is nothing to resume; or the saved
-            run differs in its configuration or data (the message lists the keys).
+        ConfigError: the folder is in use; it holds a run and `resume` is not set; there is nothing to resume; or the
+            saved run differs in its configuration or data (the message lists the keys).
+        DataError: a file of the checkpoint is missing or damaged.
     """
 
     def __init__(
@@ -142,34 +106,31 @@ class RunFolder:
         config: Config,
         records: Mapping[str, Mapping[str, Any]],
         *,
-        resume: bool = False,
+        resume: Resume = False,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.path = Path(path)
-        self._config, self._records, self._ranks = config, records, ranks
+        if resume not in (False, True, "last", "previous"):
+            raise ConfigError(f"resume: got {resume!r}, expected True, False, 'last' or 'previous'")
+        self.path, self.config = Path(path), config
+        self.records: dict[str, dict[str, Any]] = json.loads(json.dumps(records))
+        self.environment = environment()
+        self.notes: list[str] = []
+        self._ranks = ranks
         self._lock: FolderLock | None = None
-        ranks.first(lambda: self._claim(resume))
+        self._checkpoint = ranks.first(lambda: self._claim(resume))
 
-    def _claim(self, resume: bool) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"{self.path}: got a file, expected a folder")
-        with _usable(self.path):
-            self._check_occupied(resume)
-            self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = FolderLock(self.path)
-        try:
-            self._check_occupied(resume)  # once more: another run may have come and gone before the lock was taken
-            if resume:
-                self._check_same(self._config, self._records)
-            with _usable(self.path):
-                for leftover in self._leftovers():
-                    leftover.unlink()
-        except BaseException:
-            self.close()
-            raise
+    def take_checkpoint(self) -> Checkpoint | None:
+        """The checkpoint to go on from, on every rank; None for a new run. It is kept here no longer."""
+        checkpoint, self._checkpoint = self._checkpoint, None
+        return checkpoint
+
+    def check_in_place(self) -> None:
+        """Raise `TrainingError` if the folder was moved or removed while the run wrote there."""
+        if self._lock is not None:
+            self._lock.check_in_place()
 
     def record(self) -> None:
-        """Write configuration, records and environment. From then on the folder holds a run.
+        """Write configuration, records and environment.
 
         Raises:
             DataError: the disk is full.
@@ -177,41 +138,97 @@ class RunFolder:
         self._ranks.first(self._write_records)
 
     def _write_records(self) -> None:
-        with disk_errors(self.path):
-            write_json(self.path / "environment.json", environment())
-            for name, content in self._records.items():
-                write_json(self.path / name, content)
-            with atomic_file(self.path / "config.yaml") as temporary:
-                temporary.write_text(yaml.safe_dump(to_mapping(self._config), sort_keys=False), encoding="utf-8")
+        for name, content in ((_ENVIRONMENT, self.environment), *self.records.items()):
+            with disk_errors(self.path / name):
+                write_json(self.path / name, content, make_parents=False)
+        path = self.path / _CONFIG
+        with disk_errors(path), atomic_file(path, make_parents=False) as temporary:
+            temporary.write_text(yaml.safe_dump(to_mapping(self.config), sort_keys=False), encoding="utf-8")
 
-    def _check_occupied(self, resume: bool) -> None:
-        found = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
-        found -= {"run.lock", *(path.name for path in self._leftovers())}
-        # `config.yaml` is written last: without it, the records are what a process left that died as it began.
-        found = found if "config.yaml" in found else found - {"environment.json", *self._records}
-        if found and not resume:
-            raise ConfigError(f"{self.path}: run folder exists; resume it (--resume) or choose another")
-        if resume and "config.yaml" not in found:
+    def _claim(self, resume: Resume) -> Checkpoint | None:
+        with _usable(self.path):
+            if not self.path.is_dir() and (self.path.exists() or self.path.is_symlink()):
+                what = "a file" if self.path.exists() else "a link to nothing"
+                raise ConfigError(f"{self.path}: got {what}, expected a folder")
+            self._check_contents(resume)
+            self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FolderLock(self.path)
+        try:
+            with _usable(self.path):
+                self._check_contents(resume)  # once more: another run may have come and gone before the lock was taken
+                remove_leftovers(self.path)
+            return self._load(resume) if resume else None
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_contents(self, resume: Resume) -> None:
+        """Refuse a folder that holds a run, unless it is to be resumed, and one that holds something else.
+
+        Hidden files are the user's or the system's: they are no obstacle, and stay.
+        """
+        entries = self.path.iterdir() if self.path.is_dir() else ()
+        found = {entry.name for entry in entries if not entry.name.startswith(".")}
+        if checkpoint_files(self.path) or self._has_rows():
+            if not resume:
+                raise ConfigError(f"{self.path}: run folder exists; resume it (--resume) or choose another")
+            return
+        # The environment is written first: records without it are not of a run that ended before its first checkpoint.
+        begun = _BEGUN | ({_ENVIRONMENT, _CONFIG, *self.records} if _ENVIRONMENT in found else set())
+        if others := sorted(found - begun):
+            raise ConfigError(
+                f"{self.path}: got a folder with {', '.join(others[:5])}, which is no run to resume, expected a run "
+                "folder, an empty one or none; choose another"
+            )
+        if resume and not found:
             raise ConfigError(f"{self.path}: no run to resume there; leave out --resume to start one")
 
-    def _leftovers(self) -> list[Path]:
-        """Temporary files of `atomic_file` that a killed run could not remove."""
-        return list(self.path.glob(".????????????-*"))
+    def _has_rows(self) -> bool:
+        """Whether metrics are there of more than the first step, whose rows come before the first checkpoint."""
+        path = self.path / _METRICS
+        return path.exists() and any(row.get("step") not in (0, 1) for row in read_metrics(path))
 
-    def _check_same(self, config: Config, records: Mapping[str, Mapping[str, Any]]) -> None:
-        saved = from_mapping(Config, read_yaml(self.path / "config.yaml"), f"{self.path}/config.yaml")
-        if keys := [key for key in differing_keys(saved, config) if key not in FREE_KEYS]:
-            changes = listed_differences(keys, saved, config)
-            raise ConfigError(f"{self.path}: the run was started with other settings: {changes}")
-        if config.train.epochs < saved.train.epochs:
-            raise ConfigError(f"train.epochs: got {config.train.epochs}, expected at least {saved.train.epochs}")
-        for name, content in records.items():
-            old = read_json(self.path / name)
-            new = json.loads(json.dumps(content))
-            if keys := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
-                raise ConfigError(
-                    f"{self.path}: the run was started with other data, which differ in {', '.join(keys)} ({name})"
+    def _load(self, resume: Resume) -> Checkpoint | None:
+        """The checkpoint to go on from, once it agrees with the folder and with what was given."""
+        back = resume == "previous"
+        checkpoint = load_previous(self.path) if back else load_last(self.path)
+        if checkpoint is None:
+            if self._has_rows():
+                raise DataError(
+                    f"{self.path / STATE}: missing, and all other checkpoints, while {_METRICS} has rows of a run: "
+                    "restore them, or start a run in another folder"
                 )
+            return None
+        state = checkpoint[2]
+        self._check_records(state)
+        self._check_config(from_mapping(Config, state.config))
+        check_metrics(self.path / _METRICS, state.metrics_bytes, state.metrics_sha256)
+        if changed := differences(state.environment, json.loads(json.dumps(self.environment))):
+            self.notes.append(f"environment: {listed(changed)}; the last bits of the results may differ")
+        if back:
+            go_back(self.path)
+        return checkpoint
+
+    def _check_records(self, state: TrainingState) -> None:
+        """Compare the records in the folder with those the checkpoint was made with, and these with the data given."""
+        for name, saved in ((_CONFIG, state.config), *state.records.items()):
+            path = self.path / name
+            if not path.exists():
+                self.notes.append(f"{path}: missing; written again from the checkpoint")
+            else:
+                _check_record(path, saved)
+        for name, given in self.records.items():
+            if changed := differences(state.records.get(name, {}), given):
+                raise ConfigError(f"{self.path}: the run was started with other data ({name}): {listed(changed)}")
+
+    def _check_config(self, saved: Config) -> None:
+        changed = differences(to_mapping(saved), to_mapping(self.config))
+        if fixed := {key: pair for key, pair in changed.items() if key not in FREE_KEYS}:
+            raise ConfigError(f"{self.path}: the run was started with other settings: {listed(fixed)}")
+        if self.config.train.epochs < saved.train.epochs:
+            raise ConfigError(f"train.epochs: got {self.config.train.epochs}, expected at least {saved.train.epochs}")
+        if changed:
+            self.notes.append(f"settings: {listed(changed)}")
 
     def close(self) -> None:
         """Release the folder."""
@@ -225,65 +242,68 @@ class RunFolder:
         self.close()
 
 
+def saved_config(folder: Path, resume: Resume = "last") -> dict[str, Any] | None:
+    """The configuration of the run in a folder, to be laid under what a resumed run is given; None if there is none.
+
+    It is that of `config.yaml`, or of the checkpoint to resume from where that file is missing.
+
+    Raises:
+        ConfigError: `config.yaml` cannot be read, or differs from the checkpoint.
+    """
+    path, state = folder / _CONFIG, folder / (PREVIOUS_STATE if resume == "previous" else STATE)
+    saved = None
+    if state.exists():
+        with contextlib.suppress(DataError):  # said when the folder is opened, with what can be done
+            saved = read_state(state).config
+    if not path.exists():
+        return saved
+    if saved is not None:
+        _check_record(path, saved)
+    return _read(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_yaml(path) if path.name == _CONFIG else read_json(path)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {_WAY_OUT}") from None
+
+
+def _resolved(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        return flatten(to_mapping(from_mapping(Config, content)))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}; {_WAY_OUT}") from None
+
+
+def _check_record(path: Path, saved: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` if a record in the folder says otherwise than the checkpoint."""
+    if changed := _differences_in(path, saved):
+        raise ConfigError(f"{path}: differs from what the checkpoint was made with: {listed(changed)}; {_WAY_OUT}")
+
+
+def _differences_in(path: Path, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What a record in the folder says otherwise than the checkpoint. Free settings may differ, but not be missing."""
+    found = _read(path)
+    if path.name != _CONFIG:
+        return differences(saved, found)
+    # Settings as they are understood: 1e-3 is a text to YAML, and a later version may know more of them.
+    stated, one, other = flatten(found).keys(), _resolved(saved, path), _resolved(found, path)
+    expected = stated | flatten(saved).keys()
+    changed = differences(
+        {key: value for key, value in one.items() if key in expected},
+        {key: value for key, value in other.items() if key in stated},
+    )
+    return {key: pair for key, pair in changed.items() if key not in FREE_KEYS or key not in stated}
+
+
 @contextlib.contextmanager
 def _usable(folder: Path) -> Iterator[None]:
     """Turn an `OSError` of the block into a `ConfigError` that names the folder."""
     try:
         yield
-    except OSError as error:
-        raise ConfigError(f"{folder}: cannot be used as a run folder ({error.strerror or error})") from None
-
-
-def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in mapping.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
-    return flat
-
-
-def differing_keys(one: Any, other: Any) -> list[str]:
-    """Dotted names of the fields in which two dataclasses of one type differ."""
-    a, b = flatten(to_mapping(one)), flatten(to_mapping(other))
-    return [key for key in {**a, **b} if a.get(key) != b.get(key)]
-
-
-def listed_differences(keys: list[str], saved: Any, given: Any) -> str:
-    """``"train.lr is 0.001, saved as 0.0001; ..."`` for the keys of `differing_keys`."""
-    old, new = flatten(to_mapping(saved)), flatten(to_mapping(given))
-    return "; ".join(f"{key} is {new.get(key)!r}, saved as {old.get(key)!r}" for key in keys)
-
-
-def environment() -> dict[str, Any]:
-    """What a run depends on beside its configuration: versions, device, commit. Ready for JSON."""
-    versions: dict[str, str | None] = {}
-    for package in ("simmp-fast", "torch", "triton", "timm", "numpy", "scipy", "safetensors"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "versions": versions,
-        "cuda": torch.version.cuda,
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "cpu_threads": torch.get_num_threads(),
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of this package where it runs from its own checkout, marked if files were changed since."""
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")) != root:
-            return None  # installed inside somebody else's repository
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
+    except (OSError, ValueError) as error:
+        if isinstance(error, (ConfigError, DataError)):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{str(folder)[:200]}: cannot be used as a run folder ({reason})") from None

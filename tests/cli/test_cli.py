@@ -171,12 +171,11 @@ def test_results_of_the_same_data_are_replaced(
     assert "replaced results of other weights (best.safetensors)" in capsys.readouterr().err
 
 
-def test_weights_alone_know_their_classes(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_alone_know_their_data(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(place / "run" / "best.safetensors", tmp_path)
     command = ["evaluate", str(tmp_path / "best.safetensors"), "--device", "cpu", "--data"]
     assert main([*command, str(place / "cache")]) == 0
-    said = f"{tmp_path}/data.json: no such file, so intensity rule and slice axis of the data are not compared"
-    assert said in capsys.readouterr().err
+    assert "not compared" not in capsys.readouterr().err
     assert main([*command, prepared(place, tmp_path, classes=["background", "disc"])]) == 2
     assert "classes: got ['background', 'disc'], expected ['background', 'square']" in capsys.readouterr().err
 
@@ -203,8 +202,7 @@ def test_results_are_saved_before_they_are_shown(place: Path, tmp_path: Path, mo
 
     monkeypatch.setattr("simmp_fast.evaluation.report.Evaluation.table", broken)
     command[-1] = tmp_path / "saved"
-    with pytest.raises(OSError, match="the terminal is gone"):
-        main([str(word) for word in command])
+    assert main([str(word) for word in command]) == 2
     assert (tmp_path / "saved" / "test_published.json").is_file()
 
 
@@ -313,10 +311,10 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("evaluate {0}/run --data {0}/cache --device xla", "--device: got 'xla', which cannot be used here"),
         ("evaluate {0}/run --data {0}/cache --device cpu:1", "--device: got 'cpu:1', which cannot be used here"),
         ("evaluate {0}/run --data {0}/cache --out {0}/tiny.yaml", "tiny.yaml: got a file, expected a folder"),
-        ("evaluate {0}/tiny.yaml --data {0}/cache", "tiny.yaml: cannot be read as a checkpoint"),
+        ("evaluate {0}/tiny.yaml --data {0}/cache", "tiny.yaml: cannot be read as safetensors"),
         ("predict {0}/run {0}/images/0.png --out {0}/tiny.yaml/y.png", "tiny.yaml: got a file, expected a folder"),
-        ("predict {0}/images/0.png {0}/images --out {0}/y", "images/0.png: truncated or damaged checkpoint"),
-        ("info {0}/images/0.png", "images/0.png: truncated or damaged checkpoint"),
+        ("predict {0}/images/0.png {0}/images --out {0}/y", "images/0.png: cannot be read as safetensors"),
+        ("info {0}/images/0.png", "images/0.png: cannot be read as safetensors"),
         ("evaluate {0}/none --data {0}/cache", "none: no such file or folder"),
         ("evaluate {0}/images --data {0}/cache", "expected a run folder"),
         ("evaluate {0}/run --data {0}/cache --split holdout", "holdout"),

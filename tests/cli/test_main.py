@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ import torch
 
 from simmp_fast import cli
 from simmp_fast.cli import COMMANDS, build_parser, main
+from simmp_fast.messages import Note
 
 
 @pytest.mark.parametrize(
@@ -35,13 +39,89 @@ def test_memory_that_runs_out_is_a_sentence(
     assert line.startswith("simmp-fast info: not enough memory (")
 
 
-def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def failing(error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Exit status and lines of a command that raises `error`."""
+
     def run(arguments: object) -> None:
-        raise RuntimeError("a mistake of the program")
+        raise error
 
     monkeypatch.setattr(cli.info, "run", run)
-    with pytest.raises(RuntimeError, match="a mistake of the program"):
-        main(["info"])
+    return [str(main(["info"])), *capsys.readouterr().err.splitlines()]
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    status, first, *_, error, last = failing(RuntimeError("a mistake of the program"), monkeypatch, capsys)
+    assert (status, first) == ("1", "Traceback (most recent call last):")
+    assert error == "RuntimeError: a mistake of the program"
+    assert last.startswith("simmp-fast info: this is a defect of the program. Please report it")
+    assert f"simmp_fast {cli.__version__}, torch {torch.__version__}, Python" in last
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space", "a.npy"), 2, "a.npy: No space; free some space and run the command again"),
+        (OSError(errno.ENOSPC, "No space", b"a\x1b"), 2, r"a\x1b: No space; free some space and run the command again"),
+        (OSError(errno.EXDEV, "Odd device", "a", None, "b"), 2, "a -> b: Odd device; mend that and run the command"),
+        (OSError(errno.EMFILE, "Too many"), 2, "a file or a connection, HERE: Too many; raise the limit on open files"),
+        (OSError("it\nis odd"), 2, "a file or a connection, HERE: it is odd; mend that and run the command again"),
+        (TimeoutError(), 2, "a file or a connection, HERE: TimeoutError; mend that and run the command again"),
+        (OSError(errno.ENOMEM, "No memory"), 1, "not enough memory ([Errno 12] No memory); a smaller batch may fit"),
+        (RuntimeError("can't start new thread"), 1, "no thread can be started; raise the limit on processes (ulimit"),
+        (
+            UnicodeEncodeError("ascii", "\u00e9t\u00e9", 0, 1, ""),
+            2,
+            "'\u00e9t\u00e9': cannot be written as ascii; run the",
+        ),
+    ],
+)
+def test_errors_of_the_system_are_a_line(
+    error: Exception, status: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    got, *lines = failing(error, monkeypatch, capsys)
+    assert (got, len(lines)) == (str(status), 1)
+    said = re.sub(r"in simmp_fast/cli/__init__\.py, line \d+", "HERE", lines[0])
+    assert said.startswith(f"simmp-fast info: {line}")
+
+
+def test_a_note_is_one_line_and_other_warnings_are_as_always(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(arguments: object) -> None:
+        for _ in range(2):
+            warnings.warn(Note("a\x1b.npy: odd"), stacklevel=2)
+        warnings.warn("of a library", stacklevel=2)
+
+    monkeypatch.setattr(cli.info, "run", run)
+    before = warnings.showwarning
+    with pytest.warns(UserWarning, match="of a library"):
+        assert main(["info"]) == 0
+    assert warnings.showwarning is before
+    assert capsys.readouterr().err.splitlines() == [r"simmp-fast info: note: a\x1b.npy: odd"] * 2
+
+
+def test_results_hold_no_control_characters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli.info, "run", lambda arguments: print("a\x1b]0;title\x07\r.png\u202e", "b", sep="\n"))
+    assert main(["info"]) == 0
+    assert capsys.readouterr().out == "a\\x1b]0;title\\x07\\r.png\\u202e\nb\n"
+
+
+@pytest.mark.parametrize("argument", ["x" * 10000, "--odd=\x1b]0;t\x07\nnext", "\x1b[2J"])
+def test_errors_in_arguments_are_one_line(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (
+        [argument],
+        ["info", "run", argument],
+        ["train", "--data", "a", "--run", "b", "--backend", argument],
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(command)
+        assert stopped.value.code == 2
+        said = capsys.readouterr().err
+        assert len(said[said.index(": error: ") :]) < 400
+        assert said[said.index(": error: ") :].count("\n") == 1
+        assert all(character.isprintable() or character == "\n" for character in said)
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "x", "1.5"])
@@ -49,7 +129,7 @@ def test_batch_sizes_that_are_none(value: str, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as stopped:
         main(["evaluate", "run", "--data", "cache", f"--batch-size={value}"])
     assert stopped.value.code == 2
-    assert f"--batch-size: got {value!r}, expected a whole number of at least 1" in capsys.readouterr().err
+    assert f"--batch-size: got {value!r}, expected a whole number from 1 to 65536" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [module.__name__.rsplit(".", 1)[-1] for module in COMMANDS])

@@ -68,6 +68,7 @@ class Command:
             os.kill(os.getpid(), self.number)
             return 0
         finally:
+            self.ignored = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_IGN]
             os.kill(os.getpid(), self.number)  # a second one does not disturb the cleaning up
             self.cleaned = True
 
@@ -79,13 +80,15 @@ def test_signals_raise_in_the_main_thread(
     number = signal.Signals[name]
     command = Command(number)
     monkeypatch.setattr(cli.info, "run", command)
-    before = signal.signal(number, signal.SIG_DFL)
+    before = {each: signal.signal(each, signal.SIG_DFL) for each in (signal.SIGTERM, signal.SIGHUP)}
     try:
         assert cli.main(["info"]) == 128 + number
         assert command.cleaned
+        assert command.ignored == [signal.SIGTERM, signal.SIGHUP], "nor does one of the other kind"
         assert signal.getsignal(number) is signal.SIG_DFL
     finally:
-        signal.signal(number, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
     assert capsys.readouterr().err == "terminated\n"
 
 

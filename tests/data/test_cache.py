@@ -2,11 +2,13 @@ import json
 import pickle
 import subprocess
 import sys
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
 
-from simmp_fast.data.cache import Cache, CacheWriter, is_cache
+from simmp_fast.data.cache import Cache, CacheWriter, _checksum, is_cache
 from simmp_fast.data.errors import DataError
 from simmp_fast.data.preprocess import Geometry, Intensity, Recipe
 
@@ -121,3 +123,143 @@ def test_reading_needs_neither_nibabel_nor_nilearn_nor_h5py(folder):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "3", done.stderr
+
+
+def forge(folder, change):
+    """A manifest that was changed by somebody who made its checksum anew."""
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    content.pop("checksum")
+    change(content)
+    path.write_text(json.dumps({"checksum": _checksum(content), **content}))
+
+
+def put(*keys, value):
+    def change(content):
+        for key in keys[:-1]:
+            content = content[key]
+        content[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("image_dtype", value="float64"), "image_dtype: got 'float64', expected one of uint8, float16"),
+        (put("files", value={}), "files: got none named images.npy, labels.npy, native_labels.bin"),
+        (put("files", value=[]), "files: .*expected a mapping"),
+        (put("files", "images.npy", "bytes", value=-1), "got -?[0-9]+ bytes, expected -1"),
+        (put("files", "images.npy", "bytes", value=10**13), "bytes, expected 10000000000000"),
+        (put("files", "native_labels.bin", "bytes", value=2.5), "files.native_labels.bin.bytes: got 2.5"),
+        (put("cases", 1, "slices", value=-3), "case c1: got -3 slices, expected 3"),
+        (put("cases", 1, "slices", value=10**13), "case c1: got 10000000000000 slices, expected 3"),
+        (put("cases", 1, "slices", value="3"), "slices: got '3', expected an int"),
+        (put("cases", 1, "first", value=0), "case c1: got [0-9]+ bytes at [0-9]+, slices at 0, expected those that"),
+        (put("cases", 1, "native_first", value=-5), "case c1: got [0-9]+ bytes at -5, slices at 2, expected those"),
+        (put("cases", 1, "geometry", "order", value=[0, 0, 5]), "case c1: got shape .* in the order .0, 0, 5."),
+        (put("cases", 1, "geometry", "shape", value=[]), "case c1: got 3 slices, expected 1"),
+        (put("cases", 1, "geometry", "shape", value=[3, 0, -6]), "case c1: got shape .3, 0, -6."),
+        (put("cases", 1, "id", value="c0"), "cases: got one name twice"),
+        (put("cases", 2, "native_bytes", value=10**12), "files.native_labels.bin: got [0-9]+ bytes, expected 1000000"),
+        (put("splits", "test", value=["c1", "c9"]), "splits: got c9, expected names of cases"),
+        (put("recipe", "channels", value=2), "channels: got 2"),
+        (put("recipe", "image_size", value=64), "got uint8 .9, 1, 8, 8., expected uint8 .9, 1, 64, 64"),
+    ],
+)
+def test_manifests_that_contradict_themselves(folder, change, message):
+    forge(folder, change)
+    with pytest.raises(DataError, match=rf"(manifest\.json|\.npy|\.bin): damaged cache .*{message}"):
+        Cache.open(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "[" * 100_000, '{"format": 1, "format": 2}', "\ud800"])
+def test_manifests_that_are_another_json(folder, text):
+    (folder / "manifest.json").write_text(text, encoding="utf-8", errors="surrogatepass")
+    assert is_cache(folder) == (text not in ("[]", "3", "null"))  # damaged, or the file of another program
+    with pytest.raises(DataError, match=r"manifest\.json: "):
+        Cache.open(folder)
+    (folder / "native_labels.bin").unlink()
+    assert not is_cache(folder)
+
+
+def test_folders_that_cannot_be(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name, message in (("x" * 300, "File name too long"), ("a\0b", "NUL"), ("link", "No such file")):
+        with pytest.raises(DataError, match=message):
+            Cache.open(tmp_path / name)
+
+
+def replace_native(folder, case, content):
+    """Other compressed labels for a case of the cache."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    parts, data = [], (folder / "native_labels.bin").read_bytes()
+    for record in manifest["cases"]:
+        parts.append(data[record["native_first"] :][: record["native_bytes"]])
+    parts[case] = content
+    (folder / "native_labels.bin").write_bytes(b"".join(parts))
+
+    def change(content):
+        first = 0
+        for record, part in zip(content["cases"], parts, strict=True):
+            record.update(native_first=first, native_bytes=len(part))
+            first += len(part)
+        content["files"]["native_labels.bin"]["bytes"] = first
+
+    forge(folder, change)
+
+
+@pytest.mark.parametrize("pixels", [0, 89, 91, 10**8])
+def test_native_labels_are_decompressed_no_further_than_their_shape(folder, pixels):
+    replace_native(folder, 1, zlib.compress(bytes(pixels)))
+    case = Cache.open(folder).case("c1")
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"native_labels\.bin: damaged cache .case c1: expected 90 pixels, got"):
+            case.native_labels()
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
+
+
+def test_native_labels_that_end_early(folder):
+    replace_native(folder, 1, zlib.compress(bytes(90))[:-2])
+    with pytest.raises(DataError, match=r"native_labels\.bin: damaged cache .case c1"):
+        Cache.open(folder).case("c1").native_labels()
+
+
+def test_labels_that_are_no_class(folder):
+    labels = np.zeros((3, 5, 6), np.uint8)
+    labels[1, 2, 3:5] = 7, 2
+    replace_native(folder, 1, zlib.compress(labels.tobytes()))
+    small = np.load(folder / "labels.npy", mmap_mode="r+")
+    small[3, 1, 1] = 255
+    small.flush()
+    cache = Cache.open(folder)
+    with pytest.raises(DataError, match=r"native_labels\.bin: .*case c1: got labels 2, 7, expected 0 to 1"):
+        cache.case("c1").native_labels()
+    with pytest.raises(DataError, match=r"labels\.npy: .*case c1: got labels 255, expected 0 to 1"):
+        cache.case("c1").checked_labels()
+    assert (cache.case("c0").checked_labels() == 0).all()
+
+
+def test_images_that_are_not_finite(tmp_path):
+    recipe = Recipe("x", ("a", "b"), 1, 8, Intensity("range", 0, 255))
+    images = np.zeros((2, 1, 8, 8), np.float32)
+    images[1, 0, 3, 3] = np.inf
+    zeros = np.zeros((2, 8, 8), np.uint8)
+    with CacheWriter(tmp_path, recipe, 2, "float16") as writer:
+        writer.add("c", "c.nii", images, zeros, zeros, Geometry((2, 8, 8)))
+        writer.finish({"train": [], "validation": [], "test": ["c"]})
+    case = Cache.open(tmp_path).case("c")
+    case.image(0)
+    with pytest.raises(DataError, match=r"images\.npy: damaged cache .case c, slice 1: not finite"):
+        case.image(1)
+
+
+def test_arrays_with_other_headers(folder):
+    for content in (b"\x93NUMPY\x01\x00\x10\x00" + b"((((((((((((((((", b"PK\x05\x06" + bytes(18)):
+        (folder / "labels.npy").write_bytes(content)
+        forge(folder, put("files", "labels.npy", "bytes", value=len(content)))
+        with pytest.raises(DataError, match=r"labels\.npy: damaged cache"):
+            Cache.open(folder)

@@ -114,7 +114,7 @@ def test_links_to_nothing_and_pipes_are_problems(root: Path) -> None:
     found = source(root)
     assert found.problems == [
         f"{root}/images/a.png: a link to gone.png, which is not there",
-        f"{root}/images/b.png: a pipe or a device, no file",
+        f"{root}/images/b.png: got a pipe or a device, expected a file",
     ]
     assert found.left_out == [f"{root}/images/pipe: unknown kind of file"]
     with pytest.raises(DataError, match="2 problems"):

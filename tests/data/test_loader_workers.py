@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,3 +134,64 @@ def test_a_loader_draws_its_seed_as_it_starts(cache: Cache) -> None:
     assert len(list(batches)) == COUNT // 4
     assert torch.equal(torch.get_rng_state(), drawn)
     torch.set_rng_state(state)
+
+
+ABANDONED = """
+import sys, time
+from simmp_fast.data import loader
+from simmp_fast.data.cache import Cache
+loader.augment_sample = lambda *_: time.sleep(600)
+batches = iter(loader.slice_loader(Cache.open(sys.argv[1]), "train", 4, workers=2))
+raise RuntimeError("a defect of a script")
+"""
+
+
+def test_python_ends_with_processes_that_are_stuck(cache: Cache) -> None:
+    root = str(Path(__file__).resolve().parents[2])
+    found = subprocess.run(
+        [sys.executable, "-c", ABANDONED, str(cache.folder)],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": root}, check=False,
+    )  # fmt: skip
+    assert found.returncode == 1
+    assert found.stderr.splitlines()[-1] == "RuntimeError: a defect of a script"
+
+
+@pytest.mark.usefixtures("forked")
+def test_loading_processes_ignore_what_asks_to_end(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sent as early as they can be."""
+
+    def signalled(_: int) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+        plain(_)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+
+    plain = loader._ignore_signals
+    monkeypatch.setattr(loader, "_ignore_signals", signalled)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert len(list(loader.slice_loader(cache, "train", 4, workers=2))) == COUNT // 4
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
+
+
+@pytest.mark.usefixtures("forked")
+def test_a_process_that_is_killed_as_the_batches_are_given_up_is_no_trouble(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batches = iter(loader.slice_loader(cache, "train", 4, workers=2))
+    next(batches)
+    workers = [process for process in multiprocessing.active_children() if isinstance(process, loader._Process)]
+    assert len(workers) == 2
+    plain = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._mark_worker_as_unavailable
+
+    def killed(*arguments: object, **keywords: object) -> None:
+        os.kill(workers[0].pid, signal.SIGKILL)
+        time.sleep(0.2)
+        plain(*arguments, **keywords)
+
+    monkeypatch.setattr(
+        torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "_mark_worker_as_unavailable", killed
+    )
+    batches.close()
+    assert capsys.readouterr().err == ""
+    assert not any(worker.is_alive() for worker in workers)

@@ -128,14 +128,14 @@ def test_yaml_text_that_utf8_cannot_hold(tmp_path: Path) -> None:
     for keys in (KEYS | {"name": "caf\udce9"}, KEYS | {"classes": ["no", "\ud800"]}):
         path = tmp_path / "set.yaml"
         path.write_text(json.dumps(keys))  # JSON is YAML, with the surrogate escaped
-        with pytest.raises(ConfigError, match="name and classes: got .*, expected text that UTF-8 can hold"):
+        with pytest.raises(ConfigError, match="(name|classes): got .*, expected text that UTF-8 can hold"):
             read_description(path)
 
 
 @pytest.mark.parametrize(("make", "what"), [(Path.mkdir, "a folder"), (os.mkfifo, "a pipe or a device")])
 def test_a_yaml_path_that_is_no_file(tmp_path: Path, make, what: str) -> None:
     make(tmp_path / "set.yaml")
-    with pytest.raises(ConfigError, match=rf"set\.yaml: got {what}, expected a YAML file"):
+    with pytest.raises(ConfigError, match=rf"set\.yaml: got {what}, expected a file"):
         open_source(tmp_path / "set.yaml")
     with pytest.raises(ConfigError, match="a folder, expected one of acdc, demo"):
         open_source(tmp_path)

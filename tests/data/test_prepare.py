@@ -19,6 +19,7 @@ from simmp_fast.data.errors import DataError
 from simmp_fast.data.formats import read_label
 from simmp_fast.data.preprocess import from_slices, network_input, resize_label
 from simmp_fast.files import HashingWriter
+from simmp_fast.folders import READY
 
 RNG = np.random.default_rng(0)
 
@@ -177,6 +178,82 @@ def test_what_is_there_is_replaced_only_if_it_is_a_cache(volumes, tmp_path, name
     assert names(tmp_path) == ["out", "set"]
 
 
+def test_files_beside_a_cache_are_not_replaced_with_it(volumes, tmp_path, names):
+    out = tmp_path / "out"
+    old = prepare(volumes, out).checksum
+    (out / "notes.txt").write_text("precious")
+    with pytest.raises(DataError, match="out: holds notes.txt beside the cache to replace, expected a cache alone"):
+        prepare(volumes, out, force=True)
+    assert (out / "notes.txt").read_text() == "precious"
+    assert Cache.open(out, verify=True).checksum == old
+    assert names(tmp_path) == ["out", "set"]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "images.npy", "native_labels.bin"])
+def test_a_damaged_cache_can_be_replaced(volumes, tmp_path, names, name):
+    out = tmp_path / "out"
+    checksum = prepare(volumes, out).checksum
+    (out / name).write_bytes(b"{")
+    with pytest.raises(DataError, match=f"{name}: damaged cache .*run prepare again"):
+        Cache.open(out)
+    with pytest.raises(DataError, match="out: already holds a prepared cache; use force"):
+        prepare(volumes, out)
+    assert prepare(volumes, out, force=True).checksum == checksum
+    assert names(tmp_path) == ["out", "set"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_put_there_meanwhile_is_kept(volumes, tmp_path, names, monkeypatch, force):
+    out, finish = tmp_path / "out", cache_module.CacheWriter.finish
+
+    def meanwhile(writer, splits):
+        finish(writer, splits)
+        monkeypatch.undo()
+        prepare(volumes, out, force=True)
+
+    monkeypatch.setattr(cache_module.CacheWriter, "finish", meanwhile)
+    with pytest.raises(DataError, match="out: cannot be written .something was put there meanwhile"):
+        prepare(volumes, out, force=force)
+    Cache.open(out, verify=True)
+    assert names(tmp_path) == ["out", "set"]
+
+
+def test_the_next_prepare_completes_what_was_killed_as_it_moved_in(volumes, tmp_path, names):
+    out = tmp_path / "out"
+    checksum = prepare(volumes, out).checksum
+    ready = out / READY
+    ready.mkdir()
+    for name in ("labels.npy", "manifest.json"):
+        (out / name).rename(ready / name)
+    with pytest.raises(DataError, match="out: not a prepared cache"):
+        Cache.open(out)
+    with pytest.raises(DataError, match="out: already holds a prepared cache"):
+        prepare(volumes, out)
+    assert Cache.open(out, verify=True).checksum == checksum
+    assert names(out) == ["images.npy", "labels.npy", "manifest.json", "native_labels.bin"]
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("x" * 300, "x: cannot be written .File name too long"),
+        ("/".join(["y" * 200] * 21), "y: cannot be written .File name too long"),
+        ("a\0b", r"a\\0b: got a name with a NUL character"),
+        ("a\ud800b", "got a name that this system cannot write"),
+    ],
+)
+def test_names_that_no_folder_can_have(volumes, tmp_path, names, out, message):
+    with pytest.raises(DataError, match=message):
+        prepare(volumes, tmp_path / out)
+    assert names(tmp_path) == ["set"]
+
+
+def test_a_name_as_long_as_the_system_allows(volumes, tmp_path, names):
+    name = "\u00e9" * 127
+    prepare(volumes, tmp_path / name)
+    assert names(tmp_path) == ["set", name]
+
+
 def test_the_current_folder_is_not_replaced(volumes, tmp_path, names, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -194,11 +271,14 @@ def test_places_that_cannot_be_written_are_named_before_anything_is_read(volumes
     monkeypatch.setattr(sys.modules["simmp_fast.data.prepare"], "check", read_nothing)
     with pytest.raises(DataError, match=r"set\.yaml/deep/out: cannot be written .Not a directory"):
         prepare_function(source, volumes / "deep" / "out", 32)
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # the superuser may write everywhere
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path not in (tmp_path, tmp_path / "empty"))  # even a superuser
+    with pytest.raises(DataError, match=r"empty: cannot be written .Permission denied"):
+        prepare_function(source, tmp_path / "empty", 32)
     with pytest.raises(DataError, match=r"new/out: cannot be written .Permission denied"):
         prepare_function(source, tmp_path / "new" / "out", 32)
     (tmp_path / "link").symlink_to(tmp_path / "link")
-    with pytest.raises(DataError, match="link: cannot be written .Permission denied"):
+    with pytest.raises(DataError, match="link: cannot be written .Too many levels of symbolic links"):
         prepare_function(source, tmp_path / "link", 32)
 
 

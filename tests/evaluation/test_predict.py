@@ -17,6 +17,7 @@ from stand_ins import SIDE, LevelModel
 from simmp_fast.data.errors import DataError
 from simmp_fast.data.preprocess import Intensity, Recipe
 from simmp_fast.evaluation.predict import predict
+from simmp_fast.files import new_file
 
 nibabel = pytest.importorskip("nibabel")
 
@@ -272,3 +273,58 @@ def test_a_file_in_place_of_the_output_folder(
     monkeypatch.setattr(model, "forward", None)  # nothing is computed
     with pytest.raises(DataError, match=f"{tmp_path}/file: got a file, expected a folder"):
         predict(model, recipe, tmp_path / "a.png", tmp_path / target)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "message"),
+    [
+        ("x" * 300, "out.png", "x: cannot be read .File name too long"),
+        ("a.png", "x" * 300, "x: cannot be written .File name too long"),
+        ("a.png", "x" * 300 + ".png", r"x\.png: cannot be written .File name too long"),
+        ("a.png", "x" * 300 + "/deep/out.png", r"out\.png: cannot be written .File name too long"),
+        ("images", "/".join(["y" * 200] * 21), "y: cannot be written .File name too long"),
+        ("a\0b.png", "out.png", r"a\\0b\.png: got a name with a NUL character"),
+        ("a.png", "a\0b.png", r"a\\0b\.png: got a name with a NUL character"),
+        ("images", "a\0b", r"a\\0b: got a name with a NUL character"),
+        ("nowhere", "out.png", "nowhere: no such file or folder"),
+        ("loop", "out.png", "loop: "),
+        ("a.png", "nowhere", "nowhere: got a link that leads nowhere"),
+        ("images", "nowhere", "nowhere: got a link that leads nowhere"),
+        ("a.png", "nowhere.png", r"nowhere\.png: already there"),
+        ("a.png", "loop/out.png", "loop"),
+        ("a.png", "loop.png", r"loop\.png: "),
+    ],
+)
+def test_paths_that_cannot_be(
+    model: LevelModel, recipe: Recipe, tmp_path: Path, source: str, target: str, message: str
+) -> None:
+    (tmp_path / "images").mkdir()
+    for name in ("a.png", "images/b.png"):
+        Image.fromarray(np.clip(levels((SIDE, SIDE)), 0, 255).astype(np.uint8)).save(tmp_path / name)
+    for name, to in (("nowhere", "no"), ("nowhere.png", "no"), ("loop", "loop"), ("loop.png", "loop.png")):
+        (tmp_path / name).symlink_to(tmp_path / to)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(DataError, match=message):
+        predict(model, recipe, tmp_path / source, tmp_path / target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_names_as_long_as_the_system_allows(model: LevelModel, recipe: Recipe, tmp_path: Path) -> None:
+    """And one byte more, which an output's own ending makes, is refused before anything is computed."""
+    image = Image.fromarray(np.clip(levels((SIDE, SIDE)), 0, 255).astype(np.uint8))
+    for name in ("x" * 251 + ".png", "\u00e9" * 125 + ".png"):
+        image.save(tmp_path / name)
+        assert [path.name for path in predict(model, recipe, tmp_path / name, tmp_path / "out")] == [name]
+        with pytest.raises(DataError, match=r"_overlay\.png: cannot be written .File name too long"):
+            predict(model, recipe, tmp_path / name, tmp_path / "more", overlays=True)
+    assert not (tmp_path / "more").exists()
+
+
+def test_leftovers_of_killed_predictions_are_removed(model: LevelModel, recipe: Recipe, tmp_path: Path) -> None:
+    Image.fromarray(np.clip(levels((SIDE, SIDE)), 0, 255).astype(np.uint8)).save(tmp_path / "a.png")
+    with new_file(tmp_path / "out.png") as mine:
+        mine.touch()
+    left = tmp_path / re.sub("[0-9a-f]{12}-out", "0123456789ab-out", mine.name)
+    left.touch()  # by another process of this number, which ended
+    predict(model, recipe, tmp_path / "a.png", tmp_path / "out.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([mine.name, "a.png", "out.png"])

@@ -142,7 +142,7 @@ def test_forms_that_circulate(wrap: Callable[[State], dict[str, Any]]) -> None:
             "warmup_iter_counter: got nan, expected a count",
         ),
         ({"DMWLA_1.0.k": torch.tensor(torch.nan)}, "k: got nan, expected a count"),
-        ({"decoder.DMWLA_1.k": torch.tensor(2 + 3j)}, r"k: got \(2\+3j\), expected a count"),
+        ({"decoder.DMWLA_1.k": torch.tensor(2 + 3j)}, "k: got a tensor of complex64, expected one of plain numbers"),
     ],
 )
 def test_tensors_of_another_form(change: State, message: str) -> None:

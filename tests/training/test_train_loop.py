@@ -164,7 +164,11 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(cach
         fail_at(patch, 7)
         with pytest.raises(TrainingError, match=r"step 7, epoch 1: the loss is nan at learning rate 0\.001") as error:
             train(tiny_config(), cache, run, device="cpu")
-    assert str(run / "last.safetensors") in str(error.value)
+    assert f"the last checkpoint is {run}/last.safetensors (step 5), the one before it" in str(error.value)
+    assert (
+        f"{run}/previous.safetensors (step 1): if the last already leads here, go back with --resume previous"
+        in str(error.value)
+    )
     assert str(error.value) in (run / "train.log").read_text()
     tensors, meta, state = load_last(run)
     assert meta.step == state.step == STEPS
@@ -175,7 +179,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(cach
 
 @pytest.mark.parametrize(
     ("minutes", "kept"),
-    [(60.0, r"no checkpoint was written yet"), (1e-9, r"the last good checkpoint is .*last\.safetensors")],
+    [(60.0, r"last\.safetensors \(step 1\)"), (1e-9, r"last\.safetensors \(step 2\), the one before .*\(step 1\)")],
 )
 def test_a_bad_step_that_nobody_looked_at_reaches_no_checkpoint(cache, tmp_path, monkeypatch, minutes, kept):
     run = tmp_path / "run"
@@ -190,7 +194,7 @@ def test_a_bad_step_that_nobody_looked_at_reaches_no_checkpoint(cache, tmp_path,
     with pytest.raises(TrainingError, match=rf"step 2, epoch 0: the loss is .*{kept}"):
         train(tiny_config(checkpoint_minutes=minutes, log_every=100), cache, run, device="cpu")
     saved = load_last(run)
-    assert saved is None if minutes > 1 else saved[2].step == 2
+    assert saved[2].step == (1 if minutes > 1 else 2)
     assert not (run / "best.safetensors").exists()
     assert [row["kind"] for row in read_metrics(run / "metrics.jsonl")] == []
 
@@ -203,8 +207,9 @@ def test_poisoned_weights_name_the_first_step(cache, tmp_path, monkeypatch):
         return model
 
     monkeypatch.setattr(loop, "SimMPNet", broken)
-    with pytest.raises(TrainingError, match="step 0, epoch 0: the loss is nan"):
+    with pytest.raises(TrainingError, match=r"step 0, epoch 0: the loss is nan.*no checkpoint was written yet"):
         train(tiny_config(), cache, tmp_path / "run", device="cpu")
+    assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard writes in a thread
@@ -264,14 +269,14 @@ def test_a_network_for_other_data(cache, tmp_path, change, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_of_another_network_in_the_folder(cache, tmp_path):
+def test_an_edited_network_is_refused(cache, tmp_path):
     run = tmp_path / "run"
     train(tiny_config(epochs=1), cache, run, device="cpu")
     path = run / "config.yaml"
     path.write_text(path.read_text().replace("feature_dim: 8", "feature_dim: 16", 1))
     config = tiny_config(epochs=2)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, feature_dim=16))
-    with pytest.raises(ConfigError, match=r"last\.safetensors.*model\.feature_dim is 16, saved as 8"):
+    with pytest.raises(ConfigError, match=r"config\.yaml: .*model\.feature_dim is 16, saved as 8"):
         train(config, cache, run, resume=True, device="cpu")
 
 
@@ -280,7 +285,7 @@ def test_a_truncated_checkpoint_is_named_on_resume(cache, tmp_path):
     train(tiny_config(epochs=1), cache, run, device="cpu")
     content = (run / "last.state.pt").read_bytes()
     (run / "last.state.pt").write_bytes(content[:-100])
-    with pytest.raises(DataError, match=r"last\.state\.pt: truncated or damaged"):
+    with pytest.raises(DataError, match=r"last\.state\.pt: damaged.*of step 1: --resume previous"):
         train(tiny_config(epochs=2), cache, run, resume=True, device="cpu")
 
 

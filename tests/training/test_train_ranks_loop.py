@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,7 @@ from simmp_fast.data.cache import Cache
 from simmp_fast.data.errors import DataError
 from simmp_fast.training import loop
 from simmp_fast.training.checkpoint import load_last
+from simmp_fast.training.distributed import join_ranks
 from simmp_fast.training.errors import TrainingError
 from simmp_fast.training.log import read_metrics
 
@@ -41,7 +44,7 @@ class PreciseModel(TinyModel):
 
 
 def job(folder: Path, run: Path, config: Config, options: dict[str, Any]) -> tuple[Any, ...]:
-    """`train` in one process. Options: at a (rank, step), `signal`, `fail` or `poison`; `resume`.
+    """`train` in one process. Options: at a (rank, step), `signal`, `fail`, `freeze` or `poison`; `resume`; `timeout`.
 
     An error that the command line explains is returned as its kind and text.
     """
@@ -53,6 +56,8 @@ def job(folder: Path, run: Path, config: Config, options: dict[str, Any]) -> tup
             os.kill(os.getpid(), signal.SIGTERM)
         if (rank, step) == options.get("fail"):
             raise RuntimeError("a defect on one rank")
+        if (rank, step) == options.get("freeze"):
+            os.kill(os.getpid(), signal.SIGSTOP)
         if (rank, step) == options.get("poison"):
             images = images * torch.nan
         return plain(self, images, labels, step, wld=wld)
@@ -63,11 +68,16 @@ def job(folder: Path, run: Path, config: Config, options: dict[str, Any]) -> tup
         return validate(*arguments, **keywords)
 
     loop.TrainStep.__call__, loop.case_dice = eventful, signalled  # type: ignore[method-assign]
+    if minutes := options.get("timeout"):
+        loop.join_ranks = lambda device, *_: join_ranks(device, minutes)  # type: ignore[assignment]
     try:
         result = loop.train(config, Cache.open(folder), run, resume=options.get("resume", False), device="cpu")
+        found: tuple[Any, ...] = (result.step, result.epoch, result.interrupted, result.best)
     except (ValueError, DataError, TrainingError) as error:
-        return type(error).__name__, str(error)
-    return result.step, result.epoch, result.interrupted, result.best
+        found = (type(error).__name__, str(error))
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    assert not any("gloo" in name for name in names), "no thread of the process group may outlive Python"
+    return found
 
 
 def train(size: int, cache: Cache, run: Path, config: Config | None = None, **options: Any) -> tuple[Any, ...]:
@@ -137,9 +147,43 @@ def test_a_bad_loss_on_one_rank_stops_all(cache: Cache, tmp_path: Path) -> None:
 
 def test_a_defect_on_one_rank_ends_all(cache: Cache, tmp_path: Path) -> None:
     started = processes.start(job, 2, cache.folder, tmp_path / "run", tiny_config(), {"fail": (1, 3)})
-    other, failed = processes.finish(started, seconds=60)
+    (kind, text), failed = processes.finish(started, seconds=60)
     assert "a defect on one rank" in failed
-    assert "Traceback" in other
+    assert kind == "TrainingError"
+    assert text.startswith(
+        "the connection to another process broke: it ended, and its own messages say why (Connection"
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_does_not_answer_is_not_waited_for_without_end(cache: Cache, tmp_path: Path, rank: int) -> None:
+    options = {"freeze": (rank, 3), "timeout": 0.1}
+    started = processes.start(job, 2, cache.folder, tmp_path / "run", tiny_config(), options)
+    try:
+        kind, text = processes.finish([started[1 - rank]], seconds=60)[0]
+    finally:
+        started[rank][0].kill()
+    assert kind == "TrainingError"
+    assert re.match(r"another process did not answer for [\d.]+ minutes: it is stuck, .* train\.rank_timeout_m", text)
+
+
+def first_alone(folder: Path, run: Path, port: int) -> tuple[Any, ...]:
+    os.environ.update(WORLD_SIZE="2", MASTER_PORT=str(port))
+    return job(folder, run, tiny_config(), {"timeout": 0.02})
+
+
+def test_processes_that_do_not_meet(cache: Cache, tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        taken, free = int(listener.getsockname()[1]), processes.free_port()
+        for port in (free, taken):
+            kind, text = processes.finish(processes.start(first_alone, 1, cache.folder, tmp_path / "run", port))[0]
+            assert kind == "TrainingError"
+            assert (
+                f"process 0 (from 0) of 2 cannot meet the others at MASTER_ADDR:MASTER_PORT = 127.0.0.1:{port}" in text
+            )
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_several_processes_cannot_train(cache: Cache, tmp_path: Path, runs: Path) -> None:

@@ -64,6 +64,12 @@ def require_limits(section: str, config: object, limits: Mapping[str, tuple[floa
         require(value <= most, f"{section}.{key}", value, f"at most {most} ({reason})")
 
 
+def require_heads(dmwla_size: int, image_size: int) -> None:
+    """Refuse what cannot be trained: a last head, a quarter of [S2] wide, of more pixels than the label [S1]."""
+    need = f"at most {4 * image_size}: four times model.image_size, as the loss takes no head larger than the label"
+    require(dmwla_size <= 4 * image_size, "model.dmwla_size", dmwla_size, need)
+
+
 def require_memory(what: str, size: int) -> None:
     """Refuse what needs more than `MAX_MEMORY` bytes, before any of it is taken."""
     if size > MAX_MEMORY:

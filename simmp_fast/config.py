@@ -20,6 +20,7 @@ from simmp_fast.bounds import (
     TRAIN_LIMITS,
     require,
     require_finite,
+    require_heads,
     require_limits,
     require_memory,
 )
@@ -30,8 +31,6 @@ T = TypeVar("T")
 
 BACKENDS = ("auto", "reference", "portable", "triton")
 PRECISIONS = ("float32", "bfloat16")
-
-
 SEEDS = 2**64  # what PyTorch's generators take
 _OVERRIDE_DEPTH = 8  # parts of a key: more than any configuration has
 
@@ -205,6 +204,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        require_heads(self.model.dmwla_size, self.model.image_size)
         pixels = self.train.batch_size * self.model.in_channels * self.model.image_size**2
         require_memory("train.batch_size x model.in_channels x model.image_size^2: images of a batch", 4 * pixels)
 

@@ -42,7 +42,7 @@ class Console:
     def _dropping(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError):  # a ValueError: it was closed
+        except (OSError, ValueError, OutputError):  # a ValueError: it was closed
             drop_buffered(self._stream)
 
     def __getattr__(self, name: str) -> Any:

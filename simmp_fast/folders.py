@@ -120,8 +120,9 @@ def _taken(path: Path, names: list[str]) -> FileExistsError:
 
 
 def others(path: str | Path, owned: Collection[str] = ()) -> list[str]:
-    """The names in folder `path` that are none of `owned` and no temporaries."""
-    return sorted(name for name in os.listdir(path) if name not in owned and not is_temporary(name))
+    """The names in folder `path` that are none of `owned`, no temporaries, and not what a new volume has."""
+    passed = {*owned, "lost+found"}
+    return sorted(name for name in os.listdir(path) if name not in passed and not is_temporary(name))
 
 
 def _fill(path: Path, new: Path, owned: Collection[str], last: str) -> None:
@@ -178,7 +179,7 @@ def _exchange(first: Path, second: Path) -> None:
 def _move_out(path: Path, last: str) -> None:
     """Move what is ready out into `path`, so that `last` is never there beside files that it does not describe."""
     ready = path / READY
-    if not ready.is_dir():
+    if ready.is_symlink() or not ready.is_dir():
         return
     if (ready / last).exists():
         (path / last).unlink(missing_ok=True)

@@ -16,6 +16,11 @@ _short.maxlevel, _short.maxstring, _short.maxother = 3, 200, 200
 _short.maxdict = _short.maxlist = _short.maxtuple = 12
 
 
+_SHORTAGE = "not enough memory"
+# What the RuntimeErrors of PyTorch's allocators say.
+_NO_MEMORY = (_SHORTAGE, "DefaultCPUAllocator", "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 def shown(value: object) -> str:
     """A value as messages show it: its `repr`, cut where it is long."""
     try:
@@ -69,6 +74,18 @@ def why_no_file(path: str | Path) -> str | None:
     if stat.S_ISREG(mode):
         return None
     return "got a folder, expected a file" if stat.S_ISDIR(mode) else "got a pipe or a device, expected a file"
+
+
+def memory_shortage(error: BaseException) -> str | None:
+    """In a sentence, that memory ran out, if that is what `error` says; None for any other error."""
+    text = str(error)
+    if isinstance(error, MemoryError):
+        if _SHORTAGE in text:
+            return text  # it was made here
+    elif not isinstance(error, RuntimeError) or not any(part in text for part in _NO_MEMORY):
+        return None
+    reason = text.splitlines()[0] if text else type(error).__name__
+    return f"{_SHORTAGE} ({reason})"
 
 
 class Note(UserWarning):

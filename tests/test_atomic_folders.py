@@ -336,3 +336,12 @@ def at_once(out: Path, mode: str) -> list[str]:
         process.stdin.write("\n")
         process.stdin.flush()
     return [process.communicate(timeout=60)[0].strip() for process in processes]
+
+
+def test_a_link_of_the_name_of_what_is_ready_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / READY).symlink_to(tmp_path / "mine")
+    finish_folder(tmp_path / "out", "last")
+    assert texts(tmp_path / "mine") == {"file": "mine"}

@@ -173,6 +173,7 @@ def test_fitting_windows() -> None:
         ("model.in_channels=1025", "got 1025, expected at most 1024"),
         ("model.image_size=2080", "got 2080, expected at most 2048 (attention in the backbone needs memory"),
         ("model.dmwla_size=1000000000", "got 1000000000, expected at most 2048 (attention among all tokens"),
+        ("model.dmwla_size=544", "got 544, expected at most 512: four times model.image_size, as the loss"),
         ("model.slots=100000000000", "got 100000000000, expected at most 100000 (every token attends"),
         ("model.clusters=5000", "got 5000, expected at most 4096"),
         ("model.feature_dim=100000000", "got 100000000, expected at most 8192"),

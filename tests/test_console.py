@@ -72,6 +72,12 @@ def test_what_was_not_taken_is_not_tried_again(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == "kept\n"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_results_that_nothing_depends_on_are_dropped_too() -> None:
+    with open("/dev/full", "w") as full:
+        print("lost", file=Console(Escaped(full)))
+
+
 def test_results_are_escaped_and_an_error_where_they_are_not_taken() -> None:
     stream = io.StringIO()
     print("a\x1b[2Jb", "c", sep="\n", file=Escaped(stream))

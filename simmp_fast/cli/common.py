@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from simmp_fast.bounds import TRAIN_LIMITS
 from simmp_fast.config import BACKENDS, PRECISIONS, ConfigError
-from simmp_fast.messages import shown
+from simmp_fast.messages import Note, one_line, shown
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,8 @@ def choose_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise ConfigError(
-            f"--device: got {name!r}, which cannot be used here, expected one such as cpu or cuda:0: {reason}"
+            f"--device: got {shown(name)}, which cannot be used here, expected one such as cpu or cuda:0: "
+            f"{one_line(reason)}"
         ) from None
     return device
 
@@ -142,7 +143,6 @@ def known_recipe(weights: Path, given: Path | None = None) -> Recipe | None:
     from simmp_fast.config import from_mapping, read_json, to_mapping
     from simmp_fast.data.preprocess import Recipe
     from simmp_fast.differences import differences, listed
-    from simmp_fast.messages import Note
 
     content = _in_header(weights, "recipe")
     saved = None if content is None else from_mapping(Recipe, content, f"{weights}: recipe")
@@ -174,7 +174,6 @@ def class_names(weights: Path) -> list[str] | None:
 def _in_header(weights: Path, key: str) -> Any:
     """What the header of a weights file, once verified, holds as JSON under `key`; None if it does not."""
     from simmp_fast.data.errors import DataError
-    from simmp_fast.messages import Note
     from simmp_fast.model.sealing import in_header, read_sealed
 
     with warnings.catch_warnings():

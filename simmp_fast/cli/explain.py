@@ -7,7 +7,7 @@ import os
 import traceback
 from pathlib import Path
 
-from simmp_fast.messages import escaped, one_line, shown
+from simmp_fast.messages import escaped, memory_shortage, one_line, shown
 
 _PACKAGE = Path(__file__).parents[1]
 _WAYS_OUT = {
@@ -29,16 +29,11 @@ _WAYS_OUT = {
 
 def explained(error: Exception) -> tuple[str, int] | None:
     """Message and exit status of an error that a sentence explains; None for one that needs its traceback."""
-    from simmp_fast.config import ConfigError
     from simmp_fast.data.errors import DataError
-    from simmp_fast.evaluation.inference import memory_shortage
-    from simmp_fast.ops import BackendError
-    from simmp_fast.training.errors import TrainingError
+    from simmp_fast.documents import ConfigError
 
-    if isinstance(error, (ConfigError, DataError, BackendError)):
+    if isinstance(error, (ConfigError, DataError)):
         return str(error), 2
-    if isinstance(error, TrainingError):
-        return str(error), 1
     if isinstance(error, OSError) and error.errno != errno.ENOMEM:
         return _os_error(error), 2
     if isinstance(error, UnicodeEncodeError):
@@ -47,6 +42,15 @@ def explained(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return f"no thread can be started; {_WAYS_OUT[errno.EAGAIN]}", 1
     shortage = f"not enough memory ({error})" if isinstance(error, OSError) else memory_shortage(error)
+    # What follows imports more, and has to wait: there may be no memory left for that.
+    if not isinstance(error, (MemoryError, OSError)):
+        from simmp_fast.ops import BackendError
+        from simmp_fast.training.errors import TrainingError
+
+        if isinstance(error, BackendError):
+            return str(error), 2
+        if isinstance(error, TrainingError):
+            return str(error), 1
     return None if shortage is None else (f"{shortage}; a smaller batch may fit", 1)
 
 

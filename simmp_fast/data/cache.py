@@ -11,6 +11,7 @@ bytes.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -29,6 +30,7 @@ from simmp_fast.data.names import listed, nfc
 from simmp_fast.data.preprocess import Geometry, Recipe
 from simmp_fast.documents import parse_json
 from simmp_fast.files import HashingWriter, sha256, write_json
+from simmp_fast.messages import why_no_file
 
 FORMAT, VERSION = "simmp_fast cache", 1
 MANIFEST, IMAGES, LABELS, NATIVE = "manifest.json", "images.npy", "labels.npy", "native_labels.bin"
@@ -299,8 +301,11 @@ class Cache:
 
 def is_cache(folder: str | Path) -> bool:
     """Whether `folder` holds a cache of any version, damaged or not."""
+    path = Path(folder) / MANIFEST
+    if why_no_file(path):
+        return False
     try:
-        content = parse_json((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except OSError:
         return False
     except ValueError:
@@ -309,6 +314,8 @@ def is_cache(folder: str | Path) -> bool:
 
 
 def _read_manifest(path: Path) -> tuple[Manifest, str]:
+    if why := why_no_file(path):
+        raise DataError(f"{path.parent}: not a prepared cache ({MANIFEST}: {why}); run prepare")
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -360,6 +367,12 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
 def _mapped(path: Path, dtype: str, shape: tuple[int, ...]) -> Array:
     try:
         array = np.load(path, mmap_mode="r")
+    except MemoryError:
+        raise
+    except OSError as error:
+        if error.errno == errno.ENOMEM:  # the cache may be whole
+            raise
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # a damaged header meets Python's own parser
         raise DataError(f"{path}: damaged cache ({error}); run prepare again") from None
     if not isinstance(array, np.ndarray):

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 import torch
@@ -109,8 +110,15 @@ def _kill_at_exit() -> None:
 atexit.register(_kill_at_exit)  # multiprocessing's own, registered by its import, comes after
 
 
-def _ignore_signals(_: int) -> None:
+def _begin(_: int) -> None:
+    """In a loading process: no signal ends it, and it is silent where the main process hangs up as it ends it."""
     ignore()
+    sys.excepthook = _unless_hung_up  # what the thread that hands batches on calls
+
+
+def _unless_hung_up(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
+    if not issubclass(kind, ConnectionError):
+        sys.__excepthook__(kind, error, at)
 
 
 class SliceLoader:
@@ -127,7 +135,7 @@ class SliceLoader:
             prefetch_factor=_PREFETCH if workers else None,
             pin_memory=torch.cuda.is_available(),
             multiprocessing_context=context,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_begin,
         )
 
     def __len__(self) -> int:

@@ -143,7 +143,8 @@ def _unit(header: Any, path: Path) -> float:
 
 
 def _check_invertible(affine: Array, path: Path) -> None:
-    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    with np.errstate(over="ignore"):  # a length is then infinite, its direction 0 and the determinant too
+        lengths = np.linalg.norm(affine[:3, :3], axis=0)
     # Of the directions alone: small voxels have small determinants.
     if not np.isfinite(affine).all() or not lengths.all() or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-6:
         raise DataError(f"{path}: its affine cannot be inverted: {affine.tolist()}")

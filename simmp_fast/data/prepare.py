@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from simmp_fast.console import Console
 from simmp_fast.data.cache import FILES, MANIFEST, Cache, CacheWriter, is_cache
 from simmp_fast.data.errors import DataError, disk_errors, reading, refuse_other_than_utf8
 from simmp_fast.data.formats import Array
@@ -145,7 +146,7 @@ def _refuse_existing(out: Path, force: bool) -> None:
     if is_cache(out):
         if not force:
             raise DataError(f"{out}: already holds a prepared cache; use force to replace it")
-        if found := others(out, FILES):
+        if found := others(out, [name for name in FILES if not (out / name).is_dir()]):
             raise DataError(f"{out}: holds {listed(found)} beside the cache to replace, expected a cache alone")
     elif others(out):
         raise DataError(f"{out}: the folder holds other files, expected a new or an empty one")
@@ -164,5 +165,5 @@ def _refuse_unwritable(out: Path) -> None:
 
 def _bar(items: Sequence[T], what: str, progress: bool) -> Iterable[T]:
     # disable=None: silent unless standard error is a terminal
-    bar: Iterable[T] = tqdm(items, desc=what, unit="case", disable=None if progress else True)
+    bar: Iterable[T] = tqdm(items, desc=what, unit="case", disable=None if progress else True, file=Console(sys.stderr))
     return bar

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
+from simmp_fast.console import Console
 from simmp_fast.data.errors import DataError
 from simmp_fast.data.names import nfc
 from simmp_fast.data.preprocess import Intensity, resize_label
@@ -232,4 +234,5 @@ def _by_case(cases: Iterable[Case], maps: Iterator[NDArray[np.uint8]]) -> Iterat
 
 def _progress(slices: Iterator[Slice], total: int, what: str, show: bool) -> Iterator[Slice]:
     """The stream behind a progress bar; `disable=None` keeps tqdm quiet where the output is no terminal."""
-    return iter(tqdm(slices, desc=what, total=total, unit="slice", disable=None if show else True, leave=False))
+    bar = tqdm(slices, what, total, unit="slice", disable=None if show else True, file=Console(sys.stderr), leave=False)
+    return iter(bar)

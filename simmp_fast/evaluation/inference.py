@@ -24,10 +24,6 @@ MIRRORS: tuple[tuple[int, ...], ...] = ((), (2,), (3,), (2, 3))
 
 Slice = NDArray[np.floating]
 
-_SHORTAGE = "not enough memory"
-# What the RuntimeErrors of PyTorch's allocators say.
-_NO_MEMORY = (_SHORTAGE, "DefaultCPUAllocator", "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-
 
 class NotFiniteError(DataError):
     """The network's output for a slice holds NaN or infinities.
@@ -39,18 +35,6 @@ class NotFiniteError(DataError):
     def __init__(self, index: int) -> None:
         super().__init__(f"model: its output for slice {index} is not finite, expected numbers")
         self.index = index
-
-
-def memory_shortage(error: BaseException) -> str | None:
-    """In a sentence, that memory ran out, if that is what `error` says; None for any other error."""
-    text = str(error)
-    if isinstance(error, MemoryError):
-        if _SHORTAGE in text:
-            return text  # it was made here
-    elif not isinstance(error, RuntimeError) or not any(part in text for part in _NO_MEMORY):
-        return None
-    reason = text.splitlines()[0] if text else type(error).__name__
-    return f"{_SHORTAGE} ({reason})"
 
 
 def check_network(model: nn.Module, name: str, *, classes: int, in_channels: int, image_size: int) -> None:

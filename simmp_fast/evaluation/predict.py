@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
+from simmp_fast.console import Console
 from simmp_fast.data.errors import DataError, disk_errors, reading, refuse_impossible
 from simmp_fast.data.formats import NIFTI, PICTURES, Volume, extension, read_image, stem
 from simmp_fast.data.names import report
@@ -23,13 +24,13 @@ from simmp_fast.data.preprocess import Geometry, Recipe, from_slices, network_in
 from simmp_fast.evaluation.inference import (
     NotFiniteError,
     check_network,
-    memory_shortage,
     segment,
     segment_probabilities,
 )
 from simmp_fast.evaluation.label_files import write_label_map, write_probabilities
 from simmp_fast.evaluation.report import check_folder
 from simmp_fast.files import check_length, remove_leftovers
+from simmp_fast.messages import memory_shortage
 from simmp_fast.pictures import Sample, save_overlays
 
 OVERLAY_SLICES = 4
@@ -149,7 +150,7 @@ def predict(
 
 def _bar(items: Sequence[T], unit: str, show: bool) -> Iterable[T]:
     """`items` behind a progress bar; `disable=None` keeps it quiet where the output is no terminal."""
-    return tqdm(items, desc="predict", unit=unit, disable=None if show else True, leave=False)
+    return tqdm(items, desc="predict", unit=unit, disable=None if show else True, file=Console(sys.stderr), leave=False)
 
 
 def _run(model: nn.Module, recipe: Recipe, job: _Job, options: dict[str, Any], progress: bool) -> None:

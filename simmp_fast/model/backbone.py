@@ -73,7 +73,8 @@ class GatedBackbone(nn.Module):
             source: path of a safetensors file or of a checkpoint, with timm's names (`weight_files.read_tensors`).
 
         Raises:
-            ConfigError: no such file or download, or names, shapes or kinds of numbers that do not fit.
+            ConfigError: no such file or download, names, shapes or kinds of numbers that do not fit, or values that
+                are not finite.
         """
         try:
             if source.startswith("timm:"):
@@ -88,6 +89,12 @@ class GatedBackbone(nn.Module):
             raise ConfigError(
                 f"train.backbone_weights: {source} lacks {len(missing)} of the backbone's {len(own)} tensors, or has "
                 f"them in another shape or kind, the first being {missing[0]}; expected weights of the same timm model"
+            )
+        wrong = [k for k in own if not bool(state[k].float().isfinite().all())]  # in float32, as they are used
+        if wrong:
+            raise ConfigError(
+                f"train.backbone_weights: {source}: {wrong[0]}: got values that are not finite, expected numbers "
+                f"({len(wrong)} of {len(own)} tensors have some)"
             )
         self.load_state_dict({k: state[k] for k in own}, strict=False)
 

@@ -80,8 +80,12 @@ def in_header(path: Path, header: Mapping[str, str], key: str, error: type[Value
 def check_finite(tensors: Mapping[str, Tensor], source: str | Path) -> None:
     """Raise `ConfigError`, which names `source` and the tensor, if a value is NaN or infinite."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            count = int((~tensor.isfinite()).sum())
+        if tensor.is_complex():
+            raise ConfigError(f"{source}: {name}: got complex numbers, expected real ones")
+        one_byte = tensor.is_floating_point() and tensor.itemsize == 1  # PyTorch cannot ask float8
+        values = tensor.float() if one_byte else tensor
+        if values.is_floating_point() and not bool(values.isfinite().all()):
+            count = int((~values.isfinite()).sum())
             raise ConfigError(
                 f"{source}: {name}: got {count} of {tensor.numel()} values that are not finite, expected numbers; use "
                 "an earlier checkpoint"

@@ -13,6 +13,7 @@ step that a run diverges from. It is put in place in the same way.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -99,6 +100,8 @@ class TrainingState:
     environment: dict[str, Any]
 
 
+_COUNTS, _TABLES = ("step", "epoch", "batch", "metrics_bytes"), ("optimizer", "rng", "config", "records", "environment")
+_KINDS = {"loss_sum": float, "metrics_sha256": str, **dict.fromkeys(_COUNTS, int), **dict.fromkeys(_TABLES, dict)}
 Checkpoint = tuple[dict[str, Tensor], Metadata, TrainingState]
 
 
@@ -293,7 +296,10 @@ def read_state(path: Path) -> TrainingState:
         DataError: it cannot be read.
     """
     try:
-        return TrainingState(**torch.load(path, map_location="cpu", weights_only=True))
+        state = TrainingState(**torch.load(path, map_location="cpu", weights_only=True))
+        if wrong := [name for name, kind in _KINDS.items() if not isinstance(getattr(state, name), kind)]:
+            raise TypeError(wrong)
+        return state
     except MemoryError:
         raise
     except Exception as error:  # damaged pickles raise whatever their reader stumbles over
@@ -358,6 +364,8 @@ def _write_errors(path: Path, rest: str = "the one before it is untouched") -> I
                 f"{path.parent}: the folder was moved or removed; its last checkpoint went with it"
             ) from error
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "Free some space" if full else "Mend that"
         raise TrainingError(
-            f"{path}: the checkpoint could not be written ({reason}); {rest}. Free some space, then resume the run"
+            f"{path}: the checkpoint could not be written ({reason}); {rest}. {way_out}, then resume the run"
         ) from error

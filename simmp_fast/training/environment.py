@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 
-def environment() -> dict[str, Any]:
-    """What a run depends on beside its configuration: versions, device, commit. Ready for JSON."""
+def environment(processes: int) -> dict[str, Any]:
+    """What a run of so many processes depends on beside its configuration: versions, device, commit. Ready for JSON."""
     versions: dict[str, str | None] = {}
     for package in ("simmp-fast", "torch", "triton", "timm", "numpy", "scipy", "safetensors"):
         try:
@@ -27,6 +27,7 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cpu_threads": torch.get_num_threads(),
+        "processes": processes,
         "commit": _commit(),
     }
 

@@ -14,6 +14,7 @@ from simmp_fast.training.errors import TrainingError
 
 _held: set[Path] = set()
 _folders: set[int] = set()  # descriptors of the folders that this process has locked
+_MARK = b"pid "  # how a lock file begins
 _FAR = 2**30  # place in the lock file of the byte that Windows locks: nobody can read a locked one
 
 
@@ -114,8 +115,13 @@ class FolderLock:
                 raise ConfigError(f"{error.filename}: cannot be written ({error.strerror})") from None
             raise ConfigError(f"{self.folder}: this file system cannot lock files ({error.strerror})") from None
         try:
+            self._file.seek(0)
+            if not _MARK.startswith(self._file.read(len(_MARK))):
+                raise ConfigError(
+                    f"{self.path}: got a file that is no lock of a run, expected one or none; move it away"
+                )
             self._file.truncate(0)  # whoever is named there is dead: the lock was free
-            self._file.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
+            self._file.write(_MARK + f"{os.getpid()} on {socket.gethostname()}\n".encode())
         except OSError as error:
             raise ConfigError(f"{self.path}: cannot be written ({error.strerror})") from None
 

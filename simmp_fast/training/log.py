@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ from simmp_fast.data.errors import DataError, reading
 from simmp_fast.data.names import printable
 from simmp_fast.messages import why_no_file
 from simmp_fast.training.errors import TrainingError
+
+_ROW = '{"kind": '  # how each row begins
 
 
 class RunLog:
@@ -47,10 +50,10 @@ class RunLog:
         self._hash = check_metrics(self.path, metrics_bytes, metrics_sha256)
         with _mendable(folder):
             # Unbuffered: nothing is left to be written, and to fail, when they are closed.
-            self._metrics = open(self.path, "ab", buffering=0)  # noqa: SIM115
+            self._metrics = open(self.path, "ab", buffering=0, opener=_at_once)  # noqa: SIM115
             self._metrics.truncate(metrics_bytes)
             self._metrics.seek(metrics_bytes)
-            self._text = open(folder / "train.log", "ab", buffering=0)  # noqa: SIM115
+            self._text = open(folder / "train.log", "ab", buffering=0, opener=_at_once)  # noqa: SIM115
             self._board = _tensorboard(folder / "tensorboard", step)
         self._console: Any = Console(sys.stderr)
         self._bar = tqdm(
@@ -61,6 +64,16 @@ class RunLog:
             file=self._console,
             disable=not self._console.isatty(),
         )
+        self._thread_hook, threading.excepthook = threading.excepthook, self._thread_ended
+
+    def _thread_ended(self, error: threading.ExceptHookArgs) -> None:
+        """Say in a line, and not in a traceback, that TensorBoard's own thread could not write."""
+        if isinstance(error.exc_value, OSError) and type(error.thread).__module__.startswith("tensorboard."):
+            reason = error.exc_value.strerror or error.exc_value
+            board = self.path.with_name("tensorboard")
+            self.say(f"{board}: cannot be written ({reason}); {self.path.name} has all rows")
+        else:
+            self._thread_hook(error)
 
     def say(self, message: str) -> None:
         """One line for people: to the text log with the time, and to the terminal."""
@@ -116,6 +129,7 @@ class RunLog:
         if self._board is not None:
             with contextlib.suppress(OSError):
                 self._board.close()
+        threading.excepthook = self._thread_hook
         self._metrics.close()
         self._text.close()
 
@@ -154,6 +168,11 @@ def _mendable(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _at_once(path: str, flags: int) -> int:
+    """Open a file; for a pipe that nobody reads, which would wait for ever, that is an `OSError`."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+
+
 def _finite(value: Any) -> Any:
     """None for NaN and infinities, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -170,11 +189,11 @@ def check_metrics(path: Path, length: int, sha256: str) -> Any:
     """
     head = b""
     if length and (why := why_no_file(path)):
-        raise DataError(f"{path}: {why}; restore it, or start a run in another folder")
+        raise DataError(f"{path}: {why}; restore it, or remove it, and the run goes on without its rows")
     if length:
         with reading(path), open(path, "rb") as file:
             head = file.read(length)
-    known = "restore it, or start a run in another folder"
+    known = "restore it, or remove it, and the run goes on without its rows"
     if len(head) < length:
         raise DataError(f"{path}: got {len(head)} bytes, expected the {length} the checkpoint knows of; {known}")
     found = hashlib.sha256(head)
@@ -187,17 +206,21 @@ def check_metrics(path: Path, length: int, sha256: str) -> Any:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`.
+    """The rows of a `metrics.jsonl`. The beginning of a row at its end, of a process that died as it wrote, is none.
 
     Raises:
         DataError: the file is missing or a line is no JSON object.
     """
     path = Path(path)
+    if why := why_no_file(path):
+        raise DataError(f"{path}: {why}")
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        *lines, last = path.read_text(encoding="utf-8").split("\n")
+        cut_off = last[: len(_ROW)] == _ROW[: len(last)]
+        rows = [json.loads(line) for line in (lines if cut_off else [*lines, last])]
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: a line is no JSON ({error})") from None
     for row in rows:
         if not isinstance(row, dict):

@@ -25,7 +25,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -36,6 +38,7 @@ from simmp_fast.config import Config, ConfigError, from_mapping, read_json, read
 from simmp_fast.data.errors import DataError, disk_errors
 from simmp_fast.differences import differences, flatten, listed
 from simmp_fast.files import atomic_file, remove_leftovers, write_json
+from simmp_fast.messages import why_no_file
 from simmp_fast.ranks import ALONE, Ranks
 from simmp_fast.training.checkpoint import (
     PENDING,
@@ -72,8 +75,8 @@ FREE_KEYS = frozenset(
 )
 _WAY_OUT = "restore it, or remove it, and --resume writes it again from the checkpoint"
 _CONFIG, _ENVIRONMENT, _METRICS = "config.yaml", "environment.json", "metrics.jsonl"
-# What a run leaves that ends before its first checkpoint.
-_BEGUN = {"run.lock", "train.log", "tensorboard", _METRICS, PENDING}
+# What a run leaves that ends before its first checkpoint, and what a new volume has.
+_BEGUN = {"run.lock", "train.log", "tensorboard", _METRICS, PENDING, "lost+found"}
 
 
 class RunFolder:
@@ -113,7 +116,7 @@ class RunFolder:
             raise ConfigError(f"resume: got {resume!r}, expected True, False, 'last' or 'previous'")
         self.path, self.config = Path(path), config
         self.records: dict[str, dict[str, Any]] = json.loads(json.dumps(records))
-        self.environment = environment()
+        self.environment = environment(ranks.size)
         self.notes: list[str] = []
         self._ranks = ranks
         self._lock: FolderLock | None = None
@@ -173,8 +176,7 @@ class RunFolder:
             if not resume:
                 raise ConfigError(f"{self.path}: run folder exists; resume it (--resume) or choose another")
             return
-        # The environment is written first: records without it are not of a run that ended before its first checkpoint.
-        begun = _BEGUN | ({_ENVIRONMENT, _CONFIG, *self.records} if _ENVIRONMENT in found else set())
+        begun = _BEGUN | ({_ENVIRONMENT, _CONFIG, *self.records} if self._has_environment() else set())
         if others := sorted(found - begun):
             raise ConfigError(
                 f"{self.path}: got a folder with {', '.join(others[:5])}, which is no run to resume, expected a run "
@@ -182,6 +184,14 @@ class RunFolder:
             )
         if resume and not found:
             raise ConfigError(f"{self.path}: no run to resume there; leave out --resume to start one")
+
+    def _has_environment(self) -> bool:
+        """Whether the environment is there that a run writes before its records; without it, such names are others'."""
+        try:
+            versions = read_json(self.path / _ENVIRONMENT).get("versions")
+        except ConfigError:
+            return False
+        return isinstance(versions, dict) and "simmp-fast" in versions
 
     def _has_rows(self) -> bool:
         """Whether metrics are there of more than the first step, whose rows come before the first checkpoint."""
@@ -202,7 +212,12 @@ class RunFolder:
         state = checkpoint[2]
         self._check_records(state)
         self._check_config(from_mapping(Config, state.config))
-        check_metrics(self.path / _METRICS, state.metrics_bytes, state.metrics_sha256)
+        metrics = self.path / _METRICS
+        if state.metrics_bytes and not os.path.lexists(metrics):
+            self.notes.append(f"{metrics}: missing; its rows are lost, and those from here on are written")
+            checkpoint = (*checkpoint[:2], replace(state, metrics_bytes=0, metrics_sha256=""))
+        else:
+            check_metrics(metrics, state.metrics_bytes, state.metrics_sha256)
         if changed := differences(state.environment, json.loads(json.dumps(self.environment))):
             self.notes.append(f"environment: {listed(changed)}; the last bits of the results may differ")
         if back:
@@ -252,7 +267,7 @@ def saved_config(folder: Path, resume: Resume = "last") -> dict[str, Any] | None
     """
     path, state = folder / _CONFIG, folder / (PREVIOUS_STATE if resume == "previous" else STATE)
     saved = None
-    if state.exists():
+    if why_no_file(state) is None:
         with contextlib.suppress(DataError):  # said when the folder is opened, with what can be done
             saved = read_state(state).config
     if not path.exists():

@@ -16,6 +16,7 @@ import torch
 
 from simmp_fast import cli
 from simmp_fast.cli import COMMANDS, build_parser, main
+from simmp_fast.cli.explain import explained
 from simmp_fast.messages import Note
 
 
@@ -37,6 +38,12 @@ def test_memory_that_runs_out_is_a_sentence(
     assert main(["info"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("simmp-fast info: not enough memory (")
+
+
+def test_short_memory_is_explained_without_importing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ops", "training.errors", "evaluation.inference"):
+        monkeypatch.setitem(sys.modules, f"simmp_fast.{name}", None)  # an import of it fails
+    assert explained(MemoryError()) == ("not enough memory (MemoryError); a smaller batch may fit", 1)
 
 
 def failing(error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[str]:

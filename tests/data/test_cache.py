@@ -1,9 +1,12 @@
+import errno
 import json
+import os
 import pickle
 import subprocess
 import sys
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,6 +114,36 @@ def test_a_manifest_that_is_no_json_or_not_there(folder, tmp_path):
         Cache.open(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), OSError, "Cannot allocate"),
+        (MemoryError("of 8 GiB"), MemoryError, "of 8 GiB"),
+        (
+            PermissionError(errno.EACCES, "Permission denied"),
+            DataError,
+            r"images\.npy: cannot be read \(Permission denied",
+        ),
+    ],
+)
+def test_what_the_machine_refuses_is_no_damage(folder, monkeypatch, error, expected, message):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(np, "load", refuse)
+    with pytest.raises(expected, match=message):
+        Cache.open(folder)
+
+
+def test_a_manifest_that_is_a_pipe_is_not_opened(folder, monkeypatch):
+    (folder / "manifest.json").unlink()
+    os.mkfifo(folder / "manifest.json")
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: pytest.fail("waits for ever"))
+    with pytest.raises(DataError, match=r"not a prepared cache \(manifest\.json: got a pipe or a device"):
+        Cache.open(folder)
+    assert not is_cache(folder)
+
+
 def test_reading_needs_neither_nibabel_nor_nilearn_nor_h5py(folder):
     """A machine that only trains has none of them."""
     code = (
@@ -185,7 +218,7 @@ def test_manifests_that_are_another_json(folder, text):
 
 def test_folders_that_cannot_be(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for name, message in (("x" * 300, "File name too long"), ("a\0b", "NUL"), ("link", "No such file")):
+    for name, message in (("x" * 300, "File name too long"), ("a\0b", "NUL"), ("link", "no such file")):
         with pytest.raises(DataError, match=message):
             Cache.open(tmp_path / name)
 

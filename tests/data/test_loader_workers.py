@@ -167,11 +167,23 @@ def test_loading_processes_ignore_what_asks_to_end(cache: Cache, monkeypatch: py
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             os.kill(os.getpid(), number)
 
-    plain = loader._ignore_signals
-    monkeypatch.setattr(loader, "_ignore_signals", signalled)
+    plain = loader._begin
+    monkeypatch.setattr(loader, "_begin", signalled)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert len(list(loader.slice_loader(cache, "train", 4, workers=2))) == COUNT // 4
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
+
+
+def test_a_loading_process_that_the_main_process_hangs_up_on_is_silent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loader, "ignore", lambda: None)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    loader._begin(0)
+    sys.excepthook(ConnectionResetError, ConnectionResetError(), None)
+    assert not capsys.readouterr().err
+    sys.excepthook(KeyError, KeyError("all else is said"), None)
+    assert "all else is said" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("forked")

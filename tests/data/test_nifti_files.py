@@ -214,3 +214,15 @@ def test_microns_reach_the_cache_as_millimetres(tmp_path):
     source = FolderSource(write_yaml(tmp_path / "s.yaml", name="s", classes=["no", "yes"]))
     cache = prepare(source, tmp_path / "out", 32, progress=False)
     assert np.allclose(cache.case("a").spacing, [0.003, 0.0015, 0.002])
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_affine_whose_lengths_overflow_is_refused_without_a_warning(tmp_path):
+    image = nibabel.Nifti2Image(VOXELS, AFFINE)
+    content = image.to_bytes()
+    header = nibabel.Nifti2Header(content[:540], check=False)
+    header["sform_code"], header["srow_x"] = 1, (1e200, 0, 0, 0)
+    path = tmp_path / "a.nii"
+    path.write_bytes(header.binaryblock + content[540:])
+    with pytest.raises(DataError, match=r"a\.nii: its affine cannot be inverted"):
+        read_image(path)

@@ -189,6 +189,17 @@ def test_files_beside_a_cache_are_not_replaced_with_it(volumes, tmp_path, names)
     assert names(tmp_path) == ["out", "set"]
 
 
+def test_a_folder_named_like_a_file_of_the_cache_is_not_replaced_with_it(volumes, tmp_path):
+    out = tmp_path / "out"
+    prepare(volumes, out)
+    (out / "images.npy").unlink()
+    (out / "images.npy").mkdir()
+    (out / "images.npy" / "notes.txt").write_text("precious")
+    with pytest.raises(DataError, match=r"out: holds images\.npy beside the cache to replace"):
+        prepare(volumes, out, force=True)
+    assert (out / "images.npy" / "notes.txt").read_text() == "precious"
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "images.npy", "native_labels.bin"])
 def test_a_damaged_cache_can_be_replaced(volumes, tmp_path, names, name):
     out = tmp_path / "out"

@@ -43,7 +43,7 @@ def test_nothing_is_lost_at_any_call(tmp_path: Path, group: str) -> None:
 
 
 def check_writers(calls: list[str]) -> None:
-    """Fail unless the calls of Python, of PyTorch's C++ and of safetensors are seen in those of a checkpoint."""
+    """Fail unless the calls of Python and of PyTorch's C++ are seen in those of a checkpoint."""
     assert [call for call in calls if call.startswith("writev") and call.endswith("last.state.pt")], calls
     assert [call for call in calls if call.startswith("write ") and "state" not in call], calls
     assert [call for call in calls if call.startswith("fsync") and call.endswith("last.state.pt")], calls

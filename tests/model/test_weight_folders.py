@@ -22,6 +22,7 @@ from simmp_fast.config import ConfigError, ModelConfig
 from simmp_fast.messages import Note
 from simmp_fast.model import SimMPNet, pretrained, sealing
 from simmp_fast.model.backbone import GatedBackbone
+from simmp_fast.model.sealing import check_finite
 from simmp_fast.model.weight_files import read_tensors
 
 CONFIG = json.dumps({"classes": 3})
@@ -283,6 +284,7 @@ def test_backbone_weights_that_do_not_fit(backbone: GatedBackbone, tmp_path: Pat
         (state | {name: state[name].to(torch.int8)}, f"lacks 1 of the backbone's .* the first being {name}"),
         (state | {name: state[name][:1]}, f"lacks 1 of the backbone's .* the first being {name}"),
         (nn.Linear(1, 1), "weights.pth: .* which is code"),
+        (state | {name: state[name] * torch.nan}, f"weights.pth: {name}: got values that are not finite, .*1 of"),
     ):
         torch.save(content, tmp_path / "weights.pth")
         with pytest.raises(ConfigError, match=rf"^train.backbone_weights: .*{message}"):
@@ -291,3 +293,11 @@ def test_backbone_weights_that_do_not_fit(backbone: GatedBackbone, tmp_path: Pat
     backbone.load_weights(str(tmp_path / "weights.safetensors"))
     with pytest.raises(ConfigError, match=r"^train.backbone_weights: .*absent.pth: no such file"):
         backbone.load_weights(str(tmp_path / "absent.pth"))
+
+
+def test_values_that_are_not_finite_are_found_in_any_kind_of_number(tmp_path: Path) -> None:
+    check_finite({"a": torch.ones(2).to(torch.float8_e4m3fn), "b": torch.ones(2, dtype=torch.int8)}, "here")
+    with pytest.raises(ConfigError, match="here: a: got 1 of 2 values that are not finite"):
+        check_finite({"a": torch.tensor([1.0, torch.nan]).to(torch.float8_e4m3fn)}, "here")
+    with pytest.raises(ConfigError, match="here: a: got complex numbers"):
+        check_finite({"a": torch.ones(2, dtype=torch.complex64)}, "here")

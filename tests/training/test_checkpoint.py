@@ -226,3 +226,10 @@ def test_load_model(tmp_path):
     assert (meta.step, loaded.training) == (5, False)
     image = torch.rand(1, 1, 64, 64)
     assert all(torch.equal(a, b) for a, b in zip(model.eval()(image), loaded(image), strict=True))
+
+
+@pytest.mark.parametrize(("name", "value"), [("step", "7"), ("records", []), ("rng", None), ("loss_sum", "x")])
+def test_a_state_of_other_kinds_is_refused(tmp_path, name, value):
+    torch.save({**vars(state_at(1, model_at(1))), name: value}, tmp_path / "last.state.pt")
+    with pytest.raises(DataError, match=r"last.state.pt: truncated or damaged, no training state"):
+        checkpoint.read_state(tmp_path / "last.state.pt")

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import socket
 import subprocess
+import threading
 
 import pytest
 import torch
@@ -11,10 +13,12 @@ from training_stubs import TinyModel, tiny_config
 
 from simmp_fast.config import Config, ConfigError, from_mapping, read_yaml, to_mapping
 from simmp_fast.data.errors import DataError
+from simmp_fast.training import run_folder
 from simmp_fast.training.checkpoint import Metadata, TrainingState, save_last
+from simmp_fast.training.environment import environment
 from simmp_fast.training.errors import TrainingError
 from simmp_fast.training.log import RunLog
-from simmp_fast.training.run_folder import Resume, RunFolder
+from simmp_fast.training.run_folder import Resume, RunFolder, saved_config
 
 DATA = {"data.json": {"name": "shapes", "classes": ["background", "disc"]}}
 
@@ -92,6 +96,32 @@ def test_somebody_elses_records_are_not_written_over(tmp_path):
         with pytest.raises(ConfigError, match=r"got a folder with config.yaml, which is no run to resume"):
             RunFolder(tmp_path, tiny_config(), DATA, resume=resume)
     assert (tmp_path / "config.yaml").read_text() == "mine"
+
+
+def test_records_beside_somebody_elses_environment_are_not_written_over(tmp_path):
+    for mine in ("[1]", '{"versions": 3}', "no JSON"):
+        (tmp_path / "environment.json").write_text(mine)
+        (tmp_path / "config.yaml").write_text("mine")
+        with pytest.raises(ConfigError, match=r"got a folder with config.yaml, environment.json, which is no run"):
+            RunFolder(tmp_path, tiny_config(), DATA)
+        assert (tmp_path / "environment.json").read_text() == mine
+        assert (tmp_path / "config.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize("row", ['{"k', '{"kind": "train", "st'])
+def test_a_row_half_written_before_the_first_checkpoint(tmp_path, row):
+    (tmp_path / "metrics.jsonl").write_text(row)
+    begin(tmp_path, tiny_config())
+
+
+@pytest.mark.parametrize(
+    "text", ["my notes", "[" * 100_000, '{"kind": "train", "st\n'], ids=["notes", "deep", "broken"]
+)
+def test_metrics_that_are_no_rows_are_left_alone(tmp_path, text):
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(DataError, match=r"metrics.jsonl: a line is no JSON"):
+        RunFolder(tmp_path, tiny_config(), DATA)
+    assert (tmp_path / "metrics.jsonl").read_text() == text
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -255,6 +285,13 @@ def test_another_number_of_threads_is_said(tmp_path):
     assert begin(tmp_path, tiny_config(), resume=True) == [said]
 
 
+def test_another_number_of_processes_is_said(tmp_path, monkeypatch):
+    begin(tmp_path, tiny_config())
+    monkeypatch.setattr(run_folder, "environment", lambda processes: environment(2 * processes))
+    said = "environment: processes is 2, saved as 1; the last bits of the results may differ"
+    assert begin(tmp_path, tiny_config(), resume=True) == [said]
+
+
 def test_going_back_to_the_checkpoint_before(tmp_path):
     for step in (1, 4, 6):
         begin(tmp_path, tiny_config(), resume=step > 1, step=step)
@@ -301,6 +338,21 @@ def test_a_lock_or_log_that_cannot_be_written(tmp_path):
             RunLog(tmp_path / name, total_steps=1)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_pipes_in_the_folder_are_not_waited_for(tmp_path):
+    for name in ("metrics.jsonl", "train.log"):
+        (tmp_path / name).mkdir()
+        os.mkfifo(tmp_path / name / name)
+        with pytest.raises(TrainingError, match=rf"{tmp_path}/{name}/{name}: cannot be written"):
+            RunLog(tmp_path / name, total_steps=1)
+    with pytest.raises(DataError, match=r"metrics.jsonl: got a pipe or a device, expected a file"):
+        RunFolder(tmp_path / "metrics.jsonl", tiny_config(), DATA)
+    begin(tmp_path / "run", tiny_config())
+    (tmp_path / "run" / "last.state.pt").unlink()
+    os.mkfifo(tmp_path / "run" / "last.state.pt")
+    assert saved_config(tmp_path / "run") == to_mapping(tiny_config())
+
+
 def test_a_file_above_the_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=rf"{tmp_path}/file/run: cannot be used as a run folder \("):
@@ -319,3 +371,28 @@ def test_the_log_takes_names_that_are_not_utf8(tmp_path, capsys):
         log.say("caf\udce9: saved")
     assert (tmp_path / "train.log").read_text(encoding="utf-8").endswith(" caf\\xe9: saved\n")
     assert capsys.readouterr().err == "caf\\xe9: saved\n"
+
+
+def test_a_new_volume_is_an_empty_folder(tmp_path):
+    (tmp_path / "lost+found").mkdir()
+    begin(tmp_path, tiny_config())
+    assert (tmp_path / "lost+found").is_dir()
+
+
+def test_a_thread_of_tensorboard_that_cannot_write_is_a_line(tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
+
+    def fails():
+        raise OSError(28, "No space left on device")
+
+    hook = threading.excepthook
+    with RunLog(tmp_path, total_steps=1):
+        thread = _AsyncWriterThread.__new__(_AsyncWriterThread)
+        threading.Thread.__init__(thread, target=fails)
+        thread.run = fails
+        thread.start()
+        thread.join()
+    assert threading.excepthook is hook
+    said = capsys.readouterr().err.strip()
+    assert said == f"{tmp_path}/tensorboard: cannot be written (No space left on device); metrics.jsonl has all rows"

@@ -142,3 +142,17 @@ def test_windows_locks_without_fcntl(tmp_path):
     command = [sys.executable, "-c", WITHOUT_FCNTL, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_file_that_is_no_lock_is_not_emptied(tmp_path, linked):
+    (tmp_path / "notes").write_text("mine")
+    (tmp_path / "run").mkdir()
+    place = tmp_path / "run" / "run.lock"
+    if linked:
+        place.symlink_to(tmp_path / "notes")
+    else:
+        (tmp_path / "notes").rename(place)
+    with pytest.raises(ConfigError, match="got a file that is no lock of a run, expected one or none"):
+        FolderLock(tmp_path / "run")
+    assert place.read_text() == "mine"

@@ -285,6 +285,20 @@ class Cache:
             raise DataError(f"{self.folder}: no case {case_id!r}, expected one of {', '.join(self._records)}")
         return Case(self, self._records[case_id])
 
+    def slice_at(self, position: int) -> tuple[Array, Array]:
+        """Image `[channels, S1, S1]` as stored and labels uint8 `[S1, S1]` at a position of `split_slices`.
+
+        Raises:
+            DataError: a value that is not finite, or a label that is no class.
+        """
+        image, label = self.images[position], self.labels[position]
+        if label.max() >= len(self.classes) or not np.isfinite(image).all():
+            record = next(r for r in self._records.values() if r.first <= position < r.first + r.slices)
+            case = Case(self, record)
+            case.image(position - record.first)
+            case.checked_labels()
+        return image, label
+
     def split_slices(self, split: str) -> Array:
         """Positions (int64) in `images` and `labels` of the slices of a split, case by case.
 

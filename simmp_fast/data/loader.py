@@ -62,7 +62,7 @@ class _Batches(Dataset[Batch | DataError]):
         images = np.empty((len(positions), cache.channels, side, side), np.float32)
         labels = np.empty((len(positions), side, side), np.int64)
         for place, position in enumerate(positions):
-            image, label = cache.images[position], cache.labels[position]
+            image, label = cache.slice_at(int(position))
             if self._augment:
                 rng = np.random.default_rng((self._seed, self._epoch, _SAMPLE, int(position)))
                 image, label = augment_sample(image, label, rng)

@@ -122,3 +122,22 @@ def test_arguments_out_of_range(cache, keys):
 def test_an_empty_split(cache):
     with pytest.raises(DataError, match="'test' has no cases"):
         slice_loader(cache, "test", 4)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_slice_that_no_writer_of_caches_makes_is_named(tmp_path, workers):
+    labels, images = np.zeros((3, 32, 32), np.uint8), np.zeros((3, 1, 32, 32), np.float32)
+    labels[1, 5, 5], images[2, 0, 3, 3] = 7, np.nan
+    recipe = Recipe("x", ("a", "b"), 1, 32, Intensity("range", 0, 255))
+    with CacheWriter(tmp_path, recipe, 3, "float16") as writer:
+        for name, i in (("good", 0), ("labels", 1), ("image", 2)):
+            writer.add(name, name, images[i : i + 1], labels[i : i + 1], labels[i : i + 1], Geometry((1, 32, 32)))
+        writer.finish({"train": ["good"], "validation": ["labels"], "test": ["image"]})
+    cache = Cache.open(tmp_path, verify=True)
+    assert len(list(slice_loader(cache, "train", 1, workers=workers))) == 1
+    for split, message in (
+        ("validation", r"labels.npy: damaged cache \(case labels: got labels 7, expected 0 to 1\)"),
+        ("test", r"images.npy: damaged cache \(case image, slice 0: not finite\)"),
+    ):
+        with pytest.raises(DataError, match=message):
+            list(slice_loader(cache, split, 1, workers=workers))

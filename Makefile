@@ -27,7 +27,7 @@ test: setup ## run all tests
 	$(BIN)/python -m pytest -m 'not alone' -n auto --maxprocesses 12 --dist worksteal
 	$(BIN)/python -m pytest -m alone || [ $$? -eq 5 ]  # 5: there are none, where Triton is missing
 
-faults: setup ## docs/reliability.md: kill, interrupt and fail the program at every call that touches a file; hours
+faults: setup ## docs/reliability.md: kill, interrupt and fail the program at every call that touches a file (long)
 	$(BIN)/python tests/faults
 
 rehearse: setup ## docs/lease.md without a GPU: compile for it, run all calls, cut them and go on

@@ -20,6 +20,14 @@ for _name in ("SIGINT", "SIGHUP", "SIGTERM"):
     if _number is not None and signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.default_int_handler if _name == "SIGINT" else signal.SIG_DFL)
 
+# Files whose tests take minutes each.
+_LONG = ("test_interpreted.py", "test_faults_survival.py", "test_train_replay.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first: at the end one process would work at them while the others have nothing left to do."""
+    items.sort(key=lambda item: item.path.name not in _LONG)
+
 
 @pytest.fixture
 def nibabel() -> ModuleType:

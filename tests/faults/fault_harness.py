@@ -27,7 +27,7 @@ from fault_calls import ACTIONS, SIGNAL_TWICE, Action, Calls
 
 SECONDS = 120  # after which an attempt hangs
 USERS = {"notes.txt": b"a user's notes", ".0123456789ab-notes.txt": b"hidden ones"}
-REPLACES = ("kill", "torn", "full", "eio")  # the short form where older files give way to new ones
+REPLACES = ("kill", "torn", "full")  # the short form where older files give way to new ones
 _HEX = re.compile(r"\.simmp-fast-[^/]+?-\d+-[0-9a-f]{12}-")
 
 

@@ -78,7 +78,7 @@ class Checkpoint(Scenario):
     """`save_last` over an older checkpoint."""
 
     name = "checkpoint"
-    short = (*REPLACES, "int")
+    short = (*REPLACES, "eio", "int")
     users = ("run",)
     meanwhile = ("last.pending.safetensors", "previous.pending.safetensors")
     actions = OF_LIBRARY

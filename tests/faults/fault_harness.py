@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,6 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from fault_calls import ACTIONS, SIGNAL_TWICE, Action, Calls
+from tqdm import tqdm
+
+# tqdm's own lock is one for all forked processes: one that is killed while it holds it would stop all others for good.
+tqdm.set_lock(threading.RLock())
 
 SECONDS = 120  # after which an attempt hangs
 USERS = {"notes.txt": b"a user's notes", ".0123456789ab-notes.txt": b"hidden ones"}

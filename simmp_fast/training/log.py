@@ -48,14 +48,16 @@ class RunLog:
     ) -> None:
         self.path = folder / "metrics.jsonl"
         self._hash = check_metrics(self.path, metrics_bytes, metrics_sha256)
+        self._console: Any = Console(sys.stderr)
         with _mendable(folder):
             # Unbuffered: nothing is left to be written, and to fail, when they are closed.
             self._metrics = open(self.path, "ab", buffering=0, opener=_at_once)  # noqa: SIM115
             self._metrics.truncate(metrics_bytes)
             self._metrics.seek(metrics_bytes)
             self._text = open(folder / "train.log", "ab", buffering=0, opener=_at_once)  # noqa: SIM115
+            # Before TensorBoard's thread starts; where that fails it stays, for the thread may end later.
+            self._thread_hook, threading.excepthook = threading.excepthook, self._thread_ended
             self._board = _tensorboard(folder / "tensorboard", step)
-        self._console: Any = Console(sys.stderr)
         self._bar = tqdm(
             total=total_steps,
             initial=step,
@@ -64,7 +66,6 @@ class RunLog:
             file=self._console,
             disable=not self._console.isatty(),
         )
-        self._thread_hook, threading.excepthook = threading.excepthook, self._thread_ended
 
     def _thread_ended(self, error: threading.ExceptHookArgs) -> None:
         """Say in a line, and not in a traceback, that TensorBoard's own thread could not write."""
@@ -124,20 +125,27 @@ class RunLog:
         return self._metrics.tell(), self._hash.hexdigest()
 
     def close(self) -> None:
-        """Close all files."""
+        """Close all files.
+
+        Raises:
+            TrainingError: the last rows could not be written.
+        """
         self._bar.close()
         if self._board is not None:
             with contextlib.suppress(OSError):
                 self._board.close()
         threading.excepthook = self._thread_hook
-        self._metrics.close()
-        self._text.close()
+        with contextlib.suppress(OSError):
+            self._text.close()
+        with _mendable(self.path):
+            self._metrics.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
+        with contextlib.suppress(*([] if kind is None else [TrainingError])):  # the first error says more
+            self.close()
 
 
 class SilentLog(RunLog):

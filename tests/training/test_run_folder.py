@@ -396,3 +396,15 @@ def test_a_thread_of_tensorboard_that_cannot_write_is_a_line(tmp_path, capsys):
     assert threading.excepthook is hook
     said = capsys.readouterr().err.strip()
     assert said == f"{tmp_path}/tensorboard: cannot be written (No space left on device); metrics.jsonl has all rows"
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_rows_that_cannot_be_written_in_the_end_are_named(tmp_path, other):
+    def use():
+        with RunLog(tmp_path, total_steps=1) as log:
+            os.close(log._metrics.fileno())  # so that closing it fails
+            if other:
+                raise KeyError("another error")
+
+    with pytest.raises(KeyError if other else TrainingError, match="another" if other else r"metrics.jsonl: cannot be"):
+        use()

@@ -13,8 +13,7 @@ from typing import Any
 
 import yaml
 
-from simmp_fast.messages import one_line, printable
-from simmp_fast.messages import shown as shown
+from simmp_fast.messages import one_line, printable, shown
 
 # Far beyond what people write by hand.
 MAX_YAML = 2**20  # characters

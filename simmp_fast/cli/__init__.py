@@ -23,7 +23,8 @@ from simmp_fast import __version__
 from simmp_fast.cli import bench, convert, demo, evaluate, info, predict, prepare, train
 from simmp_fast.cli.explain import explained
 from simmp_fast.console import Console, Escaped, OutputError, drop_buffered
-from simmp_fast.messages import one_line, printable
+from simmp_fast.messages import Note, one_line, printable
+from simmp_fast.signals import STOP_SIGNALS
 
 COMMANDS = (prepare, train, evaluate, predict, convert, info, demo, bench)
 _BROKEN_PIPE = 128 + 13  # SIGPIPE, which Windows does not have
@@ -143,8 +144,6 @@ def _safe_streams() -> Iterator[None]:
 @contextmanager
 def _notes(name: str) -> Iterator[None]:
     """Within the block a `Note` is printed as one line, each time it is given; other warnings are as always."""
-    from simmp_fast.messages import Note
-
     with warnings.catch_warnings():
         plain = warnings.showwarning
 
@@ -166,8 +165,7 @@ def _terminating() -> Iterator[None]:
     Only the main thread can receive signals, and one that is ignored (`nohup`) stays so. Where a command has handlers
     of its own, as training has, these win.
     """
-    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    numbers = set(STOP_SIGNALS) - {signal.SIGINT} if threading.current_thread() is threading.main_thread() else ()
     taken = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
 
     def receive(number: int, frame: FrameType | None) -> None:

@@ -6,8 +6,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from simmp_fast.messages import escaped, has_control
-from simmp_fast.messages import printable as printable
+from simmp_fast.messages import escaped, has_control, printable
 
 NOT_UTF8 = "its name is not UTF-8, expected one that is: rename it"
 CONTROL = "its name holds control characters, expected none: rename it"

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..config import ConfigError, ModelConfig, from_mapping, read_json, to_mapping
 from ..differences import differences, listed
-from ..files import link_or_copy, remove_tree, temporary_name
-from ..folders import atomic_folder, finish_folder, others
+from ..files import link_or_copy, remove_tree, sync, temporary_name
+from ..folders import UnfinishedError, atomic_folder, finish_folder, others
 from .memory import MemoryBank
 from .sealing import check_finite, in_header, read_sealed, write_sealed
 
@@ -124,7 +124,10 @@ def staged(folder: Path) -> Iterator[Path]:
             with atomic_folder(folder, replace=False, last=WEIGHTS_FILE) as stage:
                 yield stage
     except OSError as error:
-        raise ConfigError(f"{folder}: cannot be written ({error.strerror or error}); it is as it was before") from error
+        state = "it is as it was before"
+        if isinstance(error, UnfinishedError):
+            state = "all was written; save it again, and what is not in its place is moved there"
+        raise ConfigError(f"{folder}: cannot be written ({error.strerror or error}); {state}") from error
 
 
 @contextmanager
@@ -144,8 +147,7 @@ def _take_places(stage: Path, folder: Path) -> None:
             raise ConfigError(f"{folder / name}: got a folder, expected a file to replace, or none")
     files = sorted(stage.iterdir())
     for file in files:
-        with open(file, "rb") as written:
-            os.fsync(written.fileno())
+        sync(file)
     before = stage / "before"
     before.mkdir()
     moved: list[Path] = []

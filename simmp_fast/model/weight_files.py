@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..config import ConfigError
 from ..messages import one_line, shown, why_no_file
+from .sealing import read_sealed
 
 _EXPECTED = "expected a file of the network's state_dict()"
 _DEEPEST, _NAMED = 8, 8  # mappings in one another on the way to a network, and networks that a message names
@@ -52,7 +51,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if why := why_no_file(path):
         raise ConfigError(f"{path}: {why}")
     if path.suffix == ".safetensors":
-        return network_tensors(read_safetensors(path), str(path))
+        return network_tensors(read_sealed(path)[0], str(path))
     try:
         _check_archive(path)
         with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
@@ -89,20 +88,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError) or "weights_only" in text:
         return f"it holds something else than tensors and plain values, which is not loaded; {_EXPECTED}"
     return one_line(text.splitlines()[0] if text else type(error).__name__)
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU.
-
-    Raises:
-        ConfigError: the file is missing, truncated or damaged.
-    """
-    if why := why_no_file(path):
-        raise ConfigError(f"{path}: {why}")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path}: cannot be read as safetensors: {one_line(str(error))}") from None
 
 
 def network_tensors(content: object, where: str) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from simmp_fast.config import Config, ConfigError, ModelConfig, from_mapping, to_mapping
 from simmp_fast.data.errors import DataError, reading
 from simmp_fast.differences import differences, listed
-from simmp_fast.files import atomic_file, link_or_copy, new_file, sha256
+from simmp_fast.files import atomic_file, link_or_copy, new_file, sha256, sync
 from simmp_fast.messages import shown, why_no_file
 from simmp_fast.model import SimMPNet
 from simmp_fast.model.pretrained import load_strict
@@ -185,20 +185,9 @@ def _take_place(folder: Path, new_state: Path, names: tuple[str, str, str]) -> N
                 new_state.unlink()
                 pending.unlink(missing_ok=True)
             raise
-        _sync_names(folder)
+        sync(folder)  # so that the disk sees the renames in this order
         os.replace(pending, weights)
-        _sync_names(folder)
-
-
-def _sync_names(folder: Path) -> None:
-    """Wait until the renames in a folder are on the disk, so that the disk sees them in this order."""
-    if os.name != "posix":
-        return  # other systems cannot open a folder
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(folder)
 
 
 def _settle(folder: Path, names: tuple[str, str, str]) -> None:

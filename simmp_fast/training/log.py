@@ -20,8 +20,7 @@ from tqdm import tqdm
 
 from simmp_fast.console import Console
 from simmp_fast.data.errors import DataError, reading
-from simmp_fast.data.names import printable
-from simmp_fast.messages import why_no_file
+from simmp_fast.messages import printable, why_no_file
 from simmp_fast.training.errors import TrainingError
 
 _ROW = '{"kind": '  # how each row begins

@@ -19,11 +19,11 @@ from simmp_fast.data.description import Description, SplitIds, read_description
 from simmp_fast.data.errors import DataError
 from simmp_fast.data.folder import FolderSource
 from simmp_fast.data.formats import EXTENSIONS, read_image, read_label
-from simmp_fast.data.names import listed, name_problem, printable, report
+from simmp_fast.data.names import listed, name_problem, report
 from simmp_fast.data.preprocess import Recipe
 from simmp_fast.data.published import files_below
 from simmp_fast.data.stacks import stack_case
-from simmp_fast.messages import escaped, one_line, why_no_file
+from simmp_fast.messages import escaped, one_line, printable, why_no_file
 
 RAW = "\x1b[31mred\a\x7f\x9b\u202e\u2066\u2028\t\r"
 ESCAPED = r"\x1b[31mred\x07\x7f\x9b\u202e\u2066\u2028\t\r"

@@ -16,9 +16,10 @@ from simmp_fast.data import open_source
 from simmp_fast.data.description import Description, SplitIds, read_description
 from simmp_fast.data.errors import DataError
 from simmp_fast.data.folder import FolderSource
-from simmp_fast.data.names import forms, printable
+from simmp_fast.data.names import forms
 from simmp_fast.data.prepare import prepare
 from simmp_fast.data.published import by_id, files_below
+from simmp_fast.messages import printable
 
 COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
 STRANGE = os.fsdecode(b"caf\xe9")  # Latin-1

@@ -16,7 +16,8 @@ from torch import Tensor
 from simmp_fast.cli import main
 from simmp_fast.config import ConfigError, ModelConfig
 from simmp_fast.model import backbone, released
-from simmp_fast.model.weight_files import network_tensors, read_safetensors, read_tensors
+from simmp_fast.model.sealing import read_sealed, write_sealed
+from simmp_fast.model.weight_files import network_tensors, read_tensors
 
 
 class Attack:
@@ -69,7 +70,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         os.mkfifo(tmp_path / name)
         refused(tmp_path / name, "got a pipe or a device, expected a file")
         with pytest.raises(ConfigError, match="got a pipe or a device"):
-            read_safetensors(tmp_path / name)
+            read_sealed(tmp_path / name)
     for name, message in [("/dev/zero", "a pipe or a device"), ("x" * 300, "too long"), ("a\0b", "no such file .its")]:
         with pytest.raises(ConfigError, match=message):
             read_tensors(tmp_path / name)
@@ -207,3 +208,13 @@ def test_a_backbone_is_a_name(name: str) -> None:
         backbone._create(name, 64)
     assert "\x1b" not in str(raised.value)
     assert len(str(raised.value)) < 700
+
+
+def test_a_flipped_bit_in_weights_of_ours_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    write_sealed(path, {"w": torch.ones(64)}, {})
+    assert read_tensors(path)["w"].sum() == 64
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    refused(path, "a.safetensors: damaged: its contents differ from the checksum in it")

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from simmp_fast import folders
 from simmp_fast.cli import main
 from simmp_fast.config import ConfigError, ModelConfig
 from simmp_fast.messages import Note
@@ -301,3 +302,21 @@ def test_values_that_are_not_finite_are_found_in_any_kind_of_number(tmp_path: Pa
         check_finite({"a": torch.tensor([1.0, torch.nan]).to(torch.float8_e4m3fn)}, "here")
     with pytest.raises(ConfigError, match="here: a: got complex numbers"):
         check_finite({"a": torch.ones(2, dtype=torch.complex64)}, "here")
+
+
+def test_what_was_written_but_not_moved_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = tmp_path / "net"
+    saved.mkdir()
+    plain = folders.sync
+
+    def sync(path: Path) -> None:
+        if (saved / folders.READY).exists():
+            raise OSError(errno.EIO, "Input/output error")
+        plain(path)
+
+    monkeypatch.setattr(folders, "sync", sync)
+    with pytest.raises(ConfigError, match=r"net: cannot be written \(Input/output error\); all was written; save it"):
+        Small().save_pretrained(saved)
+    monkeypatch.undo()
+    Small().save_pretrained(saved)
+    assert set(files_of(saved)) == {"README.md", "config.json", "model.safetensors"}
